@@ -1,0 +1,6 @@
+/* The version and the ABI number. */
+#include "edgetok/edgetok.h"
+
+const char *etk_version(void) { return ETK_VERSION; }
+
+uint32_t etk_abi(void) { return ETK_ABI; }
