@@ -1,0 +1,1 @@
+"""The command ``edgetok``: one file per verb, nothing heavy imported before a verb needs it."""
