@@ -1,0 +1,1 @@
+"""Architectures built straight from config.json and safetensors, without torch."""
