@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "edgetok/edgetok.h"
+#include "edgetok/base.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -98,7 +98,7 @@ static int cap_mask(uint32_t *mask) {
 }
 
 etk_status etk_get_caps(etk_caps *caps) {
-  if (!caps) return ETK_E_ARG;
+  if (!caps) return ETK_E_NULL;
   if (caps->struct_size < sizeof(uint32_t)) return ETK_E_STRUCT;
   if (caps->struct_size > sizeof *caps) {
     const unsigned char *bytes = (const unsigned char *)caps;
@@ -106,7 +106,7 @@ etk_status etk_get_caps(etk_caps *caps) {
       if (bytes[i]) return ETK_E_STRUCT;
   }
   uint32_t mask;
-  if (cap_mask(&mask)) return ETK_E_ARG;
+  if (cap_mask(&mask)) return ETK_E_ISA;
   const uint32_t cpu = probe();
   const etk_caps full = {caps->struct_size, ETK_ABI, cpu, cpu & mask};
   const size_t known = caps->struct_size < sizeof full ? caps->struct_size : sizeof full;

@@ -1,5 +1,5 @@
 /* The version and the ABI number. */
-#include "edgetok/edgetok.h"
+#include "edgetok/base.h"
 
 const char *etk_version(void) { return ETK_VERSION; }
 

@@ -7,6 +7,7 @@ distribution's file list. A library of another ABI is refused: a stale build und
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from edgetok.errors import BackendError
 
-ABI = 1
+ABI = 2
 
 _BITS = {
     "avx2": 1 << 0,
@@ -60,7 +61,12 @@ def _file_name() -> str:
 
 
 def library_path() -> Path | None:
-    """The library's file, or None when this installation has none."""
+    """The library's file, or None when this installation has none.
+
+    ``EDGETOK_LIBRARY`` names another build (a sanitizer's, a debugger's), as LD_PRELOAD would.
+    """
+    if named := os.environ.get("EDGETOK_LIBRARY"):
+        return Path(named)
     name = _file_name()
     found = resources.files("edgetok").joinpath("_lib", name)
     if found.is_file():
