@@ -121,7 +121,11 @@ def _check_end(view: memoryview, limits: LoadLimits, where: str) -> int:
     """Offset of the central directory, from the fixed-size records at the end of the file."""
     size = len(view)
     if size < _END.size or bytes(view[size - _END.size :][:4]) != b"PK\5\6":
-        raise ArtifactError("not an .edgetok file, or cut short: the directory at its end is missing", where=where)
+        raise ArtifactError(
+            "not an .edgetok file, or cut short: the directory at its end is missing",
+            where=where,
+            next="fetch the file again; if it is a model and no artifact: edgetok inspect FILE",
+        )
     _, disk, first, here, count, length, offset, comment = _END.unpack_from(view, size - _END.size)
     end = size - _END.size
     if end >= _LOCATOR64.size and bytes(view[end - _LOCATOR64.size :][:4]) == b"PK\6\7":

@@ -1,4 +1,7 @@
-"""One conversion, step by step; ``pipeline.run_convert`` is the way in."""
+"""One conversion, step by step; ``pipeline.run_convert`` is the way in.
+
+Just over 400 lines: one method per step, in the order they run; the work itself is elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -305,9 +308,15 @@ class Conversion:
         settings = self.quantize_settings()
         if o.precision == "keep":
             return
-        self.progress.start(f"quantize {o.precision}", None)
+        current = o.precision
+        self.progress.start(current, None)
 
         def step(name: str, done: int, total: int) -> None:
+            nonlocal current
+            if name != current:  # each step counts its own units: one bar for all would jump back
+                self.progress.done()
+                self.progress.start(name, total)
+                current = name
             self.progress.advance(to=done, total=total)
 
         self.model, self.quantized = quantize_model(self.model, o.precision, self.calib, settings, step)
@@ -319,7 +328,8 @@ class Conversion:
                 where=str(o.source),
                 next="use --precision keep or fp16",
             )
-        kept = f", {len(q.kept_float)} layers kept float" if q.kept_float else ""
+        many = "layer" if len(q.kept_float) == 1 else "layers"
+        kept = f", {len(q.kept_float)} {many} kept float" if q.kept_float else ""
         data = f", {q.samples} calibration samples" if q.samples else ""
         sizes = f"{q.bytes_before / 1e6:.1f} -> {q.bytes_after / 1e6:.1f} MB"
         self.say("quantize", f"{o.precision}{data}{kept}, {sizes}")

@@ -136,7 +136,8 @@ def error_from(exc: BaseException) -> EdgeTokError:
         return exc
     # The loader of libraries says so when there is no address space left for one.
     unmapped = isinstance(exc, ImportError) and "failed to map segment" in str(exc)
-    if isinstance(exc, MemoryError) or unmapped:
+    starved = isinstance(exc, OSError) and exc.errno == 12  # ENOMEM, from an import or a mapping
+    if isinstance(exc, MemoryError) or unmapped or starved:
         return ResourceError(
             "not enough memory", next="close other programs, or use a smaller batch or calibration set"
         )

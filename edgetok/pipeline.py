@@ -175,14 +175,14 @@ def _check(options: ConvertOptions) -> None:
     if options.precision == "int8" and options.calib is None:
         raise InputError(
             "int8 needs calibration data to choose activation ranges",
-            next="add --calib FOLDER (with --preprocess for images), or use --precision int8-dynamic",
+            next="add --calib FOLDER (images), FILE.npz or FILE.txt, or use --precision int8-dynamic",
         )
     if options.reduce is not None:
         spec = parse_reduce(options.reduce)
         if spec.method is None and not spec.nothing and options.calib is None:
             raise InputError(
                 "choosing a reduction by trial needs calibration data",
-                next="add --calib FOLDER, or name a method, as --reduce tome:removed=0.3",
+                next="add --calib FOLDER, FILE.npz or FILE.txt, or name a method, as --reduce tome:removed=0.3",
             )
 
 

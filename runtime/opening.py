@@ -50,7 +50,7 @@ def open_model(path: Path, verify: bool, limits: LoadLimits) -> ModelFiles:
         ArtifactError, IntegrityError: a rule is broken, or a file was changed.
     """
     if path.suffix.lower() == ".onnx" and not path.is_dir():
-        return _open_file(path, verify, limits)
+        return _open_file(path, limits)
     if _is_weights_folder(path):
         return _open_weights(path, limits)
     from edgetok.artifact import Artifact
@@ -117,18 +117,17 @@ def _reader(folder: Path, limits: LoadLimits) -> Callable[[str], bytes | None]:
     return read
 
 
-def _open_file(path: Path, verify: bool, limits: LoadLimits) -> ModelFiles:
+def _open_file(path: Path, limits: LoadLimits) -> ModelFiles:
+    """A plain ONNX file has no hashes to leave unchecked: its structure is always held against the rules."""
     if not path.is_file():
         raise InputError("no such file", where=str(path), next="check the path")
     beside = path.with_name(path.stem + ".packed.onnx")
-    if verify:
-        _check_file(path, limits)
+    _check_file(path, limits)
 
     def packed() -> Path | None:
         if not beside.is_file():
             return None
-        if verify:
-            _check_file(beside, limits)
+        _check_file(beside, limits)
         return beside
 
     return ModelFiles(path, packed, _reader(path.parent, limits), lambda: None, lambda: None, None)

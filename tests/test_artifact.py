@@ -1,4 +1,7 @@
-"""The artifact: what is written is what is read, the same content is the same bytes, and nothing is ever half there."""
+"""The artifact: what is written is what is read, the same content is the same bytes, and nothing is ever half there.
+
+Long: every law of the format is here, writer and reader sharing the same small artifact.
+"""
 
 from __future__ import annotations
 

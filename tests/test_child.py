@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import pytest
 from command import VIT, edgetok
 
 from edgetok.cli import child
-from edgetok.errors import ArtifactError, InputError, InternalError, ResourceError
+from edgetok.errors import ArtifactError, InputError, InternalError, ResourceError, error_from
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="address-space limits are enforced by Linux")
 
@@ -27,6 +28,13 @@ def test_too_little_memory_is_a_resource_error() -> None:
     done = edgetok("inspect", VIT, "--memory", "1kB")
     assert done.code == 8
     assert "--memory" in done.err
+
+
+def test_a_call_that_the_system_starves_is_a_resource_error() -> None:
+    """An import that finds no memory raises OSError, not MemoryError."""
+    error = error_from(OSError(errno.ENOMEM, "Cannot allocate memory", "library.so"))
+    assert isinstance(error, ResourceError)
+    assert isinstance(child._error(error.to_json(), 1 << 30), ResourceError)
 
 
 def test_a_child_that_crashes_rejects_the_file() -> None:

@@ -97,7 +97,7 @@ def why_not(reader: Reader, finding: Finding, tokens: int, method: Method) -> st
         return "no attention block was found" + (f" ({finding.refused[0].sentence})" if finding.refused else "")
     for block in finding.blocks:
         if block.hazards:
-            return f"block {block.index} is {hazard_sentence(block.hazards[0])}; refused unless you insist"
+            return f"block {block.index} is {block.hazards[0]} attention; refused unless you insist"
     if tokens <= finding.leading + 1:
         return f"there are {tokens} tokens, {finding.leading} of them protected"
     if "grid" in method.needs and finding.grid is None:

@@ -1,6 +1,7 @@
 """Put a reduction method into a graph: nodes at each layer, sizes into attention, masks, heads and outputs served.
 
-Works in place on the clean graph (attention open). Reduction by zero tokens touches nothing.
+Works in place on the clean graph (attention open). Reduction by zero tokens touches nothing. Over 400 lines because it
+is one walk along the token stream whose steps (blocks, masks, sinks) share one state.
 """
 
 from __future__ import annotations

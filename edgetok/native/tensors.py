@@ -56,7 +56,9 @@ def tensor(array: np.ndarray | None, dtype: int | None = None) -> Tensor:
     out.data, out.dtype, out.rank = array.ctypes.data, code, array.ndim
     for axis, (size, stride) in enumerate(zip(array.shape, array.strides)):
         out.dim[axis], out.stride[axis] = size, stride
-    out.capacity = 0 if array.size == 0 else sum((n - 1) * s for n, s in zip(array.shape, array.strides)) + array.itemsize
+    out.capacity = (
+        0 if array.size == 0 else sum((n - 1) * s for n, s in zip(array.shape, array.strides)) + array.itemsize
+    )
     return out
 
 

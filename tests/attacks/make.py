@@ -1,4 +1,4 @@
-"""Write one broken file per rule of the loaders.
+"""Write one broken file per rule of the loaders (long because every rule has its case here and nowhere else).
 
 ``python tests/attacks/make.py FOLDER`` writes them all, each in a folder of its own, to look at or to feed to another
 reader; the tests build them in a temporary folder. Each case says which exit code the rule has and words its sentence
