@@ -38,7 +38,6 @@ from edgetok.stages import Feeds, has_external_data, input_specs, open_axes, sav
 if TYPE_CHECKING:
     from edgetok.evaluators.base import Evaluator
 
-CAUSAL = "causal"
 _KEEP = ("restore", "reduced")
 
 
@@ -172,12 +171,6 @@ class Conversion:
                 f"no block to reduce tokens in: {why}", where=str(self.options.source), next="leave out --reduce"
             )
         met = {h for b in self.finding.blocks for h in b.hazards}
-        if CAUSAL in met:
-            raise UnsupportedError(
-                "token reduction is refused: under a causal mask a merged token would see what comes after it",
-                where=str(self.options.source),
-                next="leave out --reduce; no flag insists on this one",
-            )
         hazards = met - set(self.options.allow_hazards)
         if hazards:
             name = sorted(hazards)[0]

@@ -16,6 +16,7 @@ from edgetok.converters.graph.blocks import Block, Finding
 from edgetok.converters.graph.outputs import cut_outputs
 from edgetok.converters.reduce import METHODS, core
 from edgetok.converters.reduce._builder import FLOAT, INT64, Builder, Dim, dims
+from edgetok.converters.reduce._insist import follow_places
 from edgetok.converters.reduce._module import emit_module
 from edgetok.converters.reduce._shapes import release_baked_counts, set_dims, shapes_again
 from edgetok.converters.reduce._tail import Sink, Stream, const, follow
@@ -209,6 +210,7 @@ class _Job:
         self.counts, self.outputs = counts, "restore" if method.where == "input" else outputs
         self.blocks, self.protected = finding.blocks, finding.leading
         self.first = next(i for i, c in enumerate(counts) if c)
+        self.insisted = settings.insist and any(_places(b) for b in self.blocks[self.first :])
         self.state = _State(finding.tokens or 0)
         self.b = Builder(model, _batch(finding.blocks[0].x_in))
         _check(model, finding, method, settings, self.first)
@@ -222,9 +224,13 @@ class _Job:
         self._check_sinks(stream)
         self.need_origin = any(s.kind in ("restore", "shape") or self._restores(s) for s in stream.sinks)
         release_baked_counts(stream, self.state.tokens)
-        self._start_padding()
+        if not self.insisted:
+            self._start_padding()
         for index in range(self.first, len(self.blocks)):
             self._block(index, stream)
+        if self.insisted:
+            self.b.scope = f"{self.method.name}/places"
+            follow_places(self.b, stream, self.state.kepts, self.finding.tokens or 0)
         restored, added = self._serve(stream)
         self.b.finish()
         shapes_again(self.model, [*stream.segments], self._expected())
@@ -295,7 +301,7 @@ class _Job:
             node.replace_input_with(index, y)
         if self.need_origin:
             self._follow_origin(done)
-        if self.outputs == "reduced" and done.kept is not None:
+        if (self.outputs == "reduced" or self.insisted) and done.kept is not None:
             state.kept = done.kept if state.kept is None else b.take(state.kept, done.kept)
         state.tokens, state.size = done.outputs, size
         state.sizes.append(size)
@@ -319,7 +325,7 @@ class _Job:
         bias = core.emit_bias(b, state.size, prop=self.method.prop_attn(self.settings), padded=state.padded)
         if bias is None or block.logits is None:
             return
-        if block.mask is not None:
+        if block.mask is not None and not self.insisted:
             node, index = _mask_use(block)
             node.replace_input_with(index, bias)
             return
@@ -471,6 +477,11 @@ class _Job:
         return {block.x_out: n for block, n in zip(self.blocks, left, strict=True) if block.x_out is not None}
 
 
+def _places(block: Block) -> bool:
+    """Whether something in the block is laid out by source place."""
+    return bool(block.hazards) or block.mask_kind in ("causal", "full")
+
+
 def _keepdims(node: ir.Node) -> int:
     attribute = node.attributes.get("keepdims")
     return 1 if attribute is None else attribute.as_int()
@@ -521,7 +532,7 @@ def _check(model: ir.Model, finding: Finding, method: Method, settings: Settings
                 where=block.name,
                 next="leave --reduce out, or insist=true in its settings to try all the same",
             )
-        if block.mask_kind in ("causal", "full"):
+        if block.mask_kind in ("causal", "full") and not settings.insist:
             raise UnsupportedError(
                 f"the attention mask is {block.mask_kind}; tokens under it must not mix", where=block.name
             )
