@@ -72,9 +72,10 @@ typedef struct etk_tensor {
   uint64_t capacity; /* bytes valid from data; checked against dims x strides */
 } etk_tensor;
 
-/* How a caller lends threads. fn(arg, task, worker) runs once for each task in [0, ntasks), in any order, with worker
- * in [0, nthreads). Tasks never wait for one another, so a serial pool is a valid pool. A NULL etk_pool* runs
- * everything on the calling thread. */
+/* How a caller lends threads. parallel_for runs fn(arg, task, worker) once for each task in [0, ntasks), in any order,
+ * with worker in [0, nthreads) and never two tasks of one worker at the same time, and returns 0 when all of them ran
+ * (non-zero: some were left out, which the call reports as ETK_E_CANCELLED). Tasks never wait for one another, so a
+ * serial pool is a valid pool. A NULL etk_pool* runs everything on the calling thread. */
 typedef struct etk_pool {
   void *ctx;
   int (*nthreads)(void *ctx);
@@ -82,12 +83,16 @@ typedef struct etk_pool {
   int (*cancelled)(void *ctx); /* may be NULL; non-zero asks the running call to stop soon */
 } etk_pool;
 
-/* The library's own pool: nthreads - 1 workers beside the caller. A worker spins at most spin_us (0 = default, 50)
- * before it parks. One parallel_for at a time; a call from inside a task runs serially on its worker. After fork the
- * child's pool runs on the calling thread. *out is usable with every function here until etk_pool_free.
- * Returns ETK_E_NULL, ETK_E_RANGE (nthreads outside 1..256), ETK_E_MEMORY. */
+/* The library's own pool: nthreads - 1 workers beside the caller. A worker spins at most spin_us (0 = default, 50;
+ * negative = not at all; at most 1000000) before it parks. A call from inside a task runs serially on its worker, a call
+ * while another thread's call is running serially on its own thread. After fork the child's pool runs on the calling
+ * thread. *out is usable with every function here until etk_pool_free, which no call may overlap (NULL is allowed).
+ * Returns ETK_OK, ETK_E_NULL, ETK_E_RANGE (nthreads outside 1..256, spin_us), ETK_E_MEMORY (no memory or no thread). */
 ETK_API ETK_MUST_USE etk_status etk_pool_create(int32_t nthreads, int32_t spin_us, const etk_pool **out);
 ETK_API void etk_pool_free(const etk_pool *pool);
+/* on != 0: the running call on this pool, and every later one, starts no further task and returns ETK_E_CANCELLED, until
+ * on = 0. Any thread may ask. pool: one of etk_pool_create, or NULL (ignored). */
+ETK_API void etk_pool_cancel(const etk_pool *pool, int32_t on);
 
 /* CPU features, one bit each. A bit is set only when the instructions exist AND the operating system keeps
  * their registers (XGETBV on x86, HWCAP on Linux ARM). */
