@@ -13,6 +13,7 @@ RANKS = {
     "edgetok._version": 0,
     "edgetok.cache": 0,
     "edgetok.errors": 0,
+    "edgetok.kernels": 0,
     "edgetok.limits": 0,
     "edgetok.measuring": 0,
     "edgetok.native": 0,

@@ -98,7 +98,92 @@ static void test_permutations(void) {
   EXPECT(etk_perm_check(NULL, 0) == ETK_OK && etk_perm_check(NULL, 1) == ETK_E_NULL && etk_perm_check(perm, -1) == ETK_E_SHAPE);
 }
 
+/* Arrays for every case here. */
+static int64_t store_row[64];
+static int32_t store_col[4096], store_idx[4096];
+static uint8_t store_kind[4096];
+static uint64_t store_bits[64][64];
+static etk_index_arrays store(void) {
+  const etk_index_arrays a = {.row_ptr = store_row, .row_cap = 64, .col = store_col, .kind = store_kind, .bits_idx = store_idx,
+                              .nnz_cap = 4096, .bits = store_bits[0], .bits_cap = 64};
+  return a;
+}
+
+static void test_window_sizes_then_fill(void) {
+  const etk_window_desc d = {.struct_size = sizeof d, .causal = 1, .n = 1000, .m = 1000, .left = 200, .sink = 70};
+  etk_index_arrays sizes = {0}, full = store();
+  etk_bsr out;
+  EXPECT(etk_bsr_from_window(&d, &sizes, NULL) == ETK_OK && sizes.rows == 16 && sizes.nnz > 0 && sizes.nbits > 0);
+  EXPECT(etk_bsr_from_window(&d, &full, &out) == ETK_OK && full.nnz == sizes.nnz && full.nbits == sizes.nbits);
+  EXPECT(etk_bsr_check(&out, 2, 3, 1000, 1000) == ETK_OK);
+  etk_index_arrays small = store();
+  small.nnz_cap = sizes.nnz - 1;
+  store_col[0] = 77;
+  EXPECT(etk_bsr_from_window(&d, &small, &out) == ETK_E_RANGE && small.nnz == sizes.nnz && store_col[0] == 77);
+  small = store(), small.row_cap = sizes.rows;
+  EXPECT(etk_bsr_from_window(&d, &small, &out) == ETK_E_RANGE);
+  small = store(), small.bits_cap = sizes.nbits - 1;
+  EXPECT(etk_bsr_from_window(&d, &small, &out) == ETK_E_RANGE);
+  small = store(), small.bits = NULL;
+  EXPECT(etk_bsr_from_window(&d, &small, &out) == ETK_E_NULL && store_col[0] == 77);
+  EXPECT(etk_bsr_from_window(&d, NULL, &out) == ETK_E_NULL && etk_bsr_from_window(NULL, &full, &out) == ETK_E_NULL);
+}
+
+static void test_hostile_descriptors(void) {
+  etk_index_arrays a = {0};
+  etk_window_desc d = {.struct_size = sizeof d, .n = 10, .m = 10, .left = INT64_MAX, .right = INT64_MAX, .sink = INT64_MAX};
+  EXPECT(etk_bsr_from_window(&d, &a, NULL) == ETK_OK && a.nnz == 1 && a.nbits == 0);
+  d.n = INT64_MAX;
+  EXPECT(etk_bsr_from_window(&d, &a, NULL) == ETK_E_SHAPE);
+  d.n = 10, d.left = -1;
+  EXPECT(etk_bsr_from_window(&d, &a, NULL) == ETK_E_RANGE);
+  d.left = 1, d.struct_size = 0;
+  EXPECT(etk_bsr_from_window(&d, &a, NULL) == ETK_E_STRUCT);
+  struct { etk_window_desc d; uint64_t more; } longer = {{.struct_size = sizeof longer, .n = 10, .m = 10}, 0};
+  EXPECT(etk_bsr_from_window(&longer.d, &a, NULL) == ETK_OK);
+  longer.more = 1;
+  EXPECT(etk_bsr_from_window(&longer.d, &a, NULL) == ETK_E_STRUCT);
+  etk_radial_desc r = {.struct_size = sizeof r, .frames = INT64_MAX, .tokens = INT64_MAX};
+  EXPECT(etk_bsr_from_radial(&r, &a, NULL) == ETK_E_SHAPE);
+  r.frames = 1 << 12, r.tokens = 1 << 12;
+  EXPECT(etk_bsr_from_radial(&r, &a, NULL) == ETK_E_SHAPE);
+  r.frames = 2, r.tokens = 64, r.decay_q8 = -1;
+  EXPECT(etk_bsr_from_radial(&r, &a, NULL) == ETK_E_RANGE);
+  r.decay_q8 = 0;
+  EXPECT(etk_bsr_from_radial(&r, &a, NULL) == ETK_OK && a.nnz == 4);
+}
+
+static void test_mask_tensors(void) {
+  static uint8_t mask[100][130], ws[64];
+  for (int i = 0; i < 100; i++)
+    for (int j = 0; j < 130; j++) mask[i][j] = (uint8_t)(j <= i + 30);
+  etk_tensor t = {.data = mask, .dtype = ETK_BOOL, .rank = 2, .dim = {100, 130}, .stride = {130, 1}, .capacity = sizeof mask};
+  etk_index_arrays a = store();
+  etk_bsr out;
+  uint64_t bytes = 0;
+  EXPECT(etk_bsr_from_mask_workspace(&t, 130, &bytes) == ETK_OK && bytes == 6);
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes) == ETK_OK && a.nnz == 5 && a.nbits == 4);
+  EXPECT(etk_bsr_check(&out, 1, 1, 100, 130) == ETK_OK);
+  a = store();
+  EXPECT(etk_bsr_from_mask(&t, 130, 1, &a, &out, ws, bytes) == ETK_OK && a.nnz == 5 && a.nbits == 0);
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes - 1) == ETK_E_WORKSPACE);
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, NULL, bytes) == ETK_E_NULL);
+  EXPECT(etk_bsr_from_mask(&t, 131, 0, &a, &out, ws, bytes) == ETK_E_SHAPE);
+  EXPECT(etk_bsr_from_mask(&t, 130, 2, &a, &out, ws, bytes) == ETK_E_RANGE);
+  t.capacity--;
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes) == ETK_E_OVERFLOW);
+  t.capacity++, t.stride[0] = INT64_MAX;
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes) == ETK_E_OVERFLOW);
+  t.stride[0] = -130;
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes) == ETK_E_STRIDE);
+  t.stride[0] = 130, t.dtype = ETK_F32;
+  EXPECT(etk_bsr_from_mask(&t, 130, 0, &a, &out, ws, bytes) == ETK_E_DTYPE);
+}
+
 int main(void) {
+  test_window_sizes_then_fill();
+  test_hostile_descriptors();
+  test_mask_tensors();
   test_check_refuses_each_fault();
   test_check_of_variable_blocks();
   test_permutations();

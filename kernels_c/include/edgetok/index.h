@@ -31,6 +31,58 @@ ETK_API ETK_MUST_USE etk_status etk_perm_check(const int32_t *perm, int64_t n);
 ETK_API ETK_MUST_USE etk_status etk_bsr_count(const etk_bsr *bsr, int64_t batch, int64_t heads, int64_t n, int64_t m,
                                               int32_t causal, int64_t *listed, int64_t *visible);
 
+/* The caller's arrays that a builder fills. Two calls: with row_ptr NULL a builder only writes rows, nnz and nbits
+ * (out may then be NULL); with arrays of at least rows + 1, nnz and nbits entries it fills them and describes them in
+ * *out, which points into them. Too small a capacity is ETK_E_RANGE with the needed sizes written and nothing else.
+ * Builders whose tiles never carry bits leave bits and bits_idx alone; they may be NULL. */
+typedef struct etk_index_arrays {
+  int64_t *row_ptr;  /* [row_cap] */
+  int64_t row_cap;   /* rows + 1 needed */
+  int32_t *col;      /* [nnz_cap] */
+  uint8_t *kind;     /* [nnz_cap] */
+  int32_t *bits_idx; /* [nnz_cap] */
+  int64_t nnz_cap;
+  uint64_t *bits;    /* [bits_cap][64] */
+  int64_t bits_cap;
+  int64_t rows, nnz, nbits; /* out */
+} etk_index_arrays;
+
+/* Key k is visible to query i at position p = i + (m - n) when p - left <= k <= p + right, or k < sink; causal: k <= p
+ * as well. One pattern for all heads. Equal bit tiles are stored once, in order of first use. */
+typedef struct etk_window_desc {
+  uint32_t struct_size;
+  int32_t causal;
+  int64_t n, m;        /* 0 .. INT32_MAX */
+  int64_t left, right, sink; /* >= 0; INT64_MAX = without limit */
+} etk_window_desc;
+
+/* Returns ETK_E_NULL, ETK_E_STRUCT, ETK_E_SHAPE (n, m), ETK_E_RANGE (a parameter, or a capacity). */
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_window(const etk_window_desc *desc, etk_index_arrays *arrays, etk_bsr *out);
+
+/* From a mask of tokens: ETK_BOOL (or ETK_U8, non-zero = visible) [.., N, M], or ETK_U64 [.., N, ceil(M / 64)] whose word
+ * w holds keys 64 w .. 64 w + 63, bit 0 first (bits past M are ignored; m says how many keys there are). Leading axes
+ * (at most two: batch, head) become patterns, batch outermost. Rank 2..4, last axis dense. A tile with no visible pair
+ * is left out, one with all pairs is full, others are partial with bits in order of use. causal is ANDed; a tile that
+ * only causality cuts gets no bits (bits_idx -1: attention is then run with ETK_MASK_CAUSAL as well).
+ * ws: etk_bsr_from_mask_workspace bytes. Returns ETK_E_NULL, ETK_E_SHAPE, ETK_E_STRIDE, ETK_E_DTYPE, ETK_E_OVERFLOW,
+ * ETK_E_WORKSPACE, ETK_E_RANGE (a capacity). */
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_mask_workspace(const etk_tensor *mask, int64_t m, uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_mask(const etk_tensor *mask, int64_t m, int32_t causal, etk_index_arrays *arrays,
+                                                  etk_bsr *out, void *ws, uint64_t ws_bytes);
+
+/* Radial attention over frames x tokens video tokens, then text tokens; integers only. With D = |frame i - frame j|,
+ * L(x) = bits of x, e = L(tokens) - L(D): frames at D <= 1 see each other wholly; farther ones when e >= 6 or D is a
+ * multiple of 2^(6 - e), and then tokens a, b of them at |a - b| <= max(decay 2^e, 64). sink_frame: all see frame 0.
+ * A 64 x 64 block of video tokens is kept when more than 60 % of its non-empty columns are visible to more than 1/3 of
+ * the rows; blocks with text tokens and the diagonal always. Every kept tile is full. One pattern for all heads. */
+typedef struct etk_radial_desc {
+  uint32_t struct_size;
+  int32_t sink_frame;
+  int64_t frames, tokens, text; /* frames * tokens + text <= 2^20 */
+  int32_t decay_q8;             /* decay x 256; 0 = 256; at most 65536 */
+} etk_radial_desc;
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_radial(const etk_radial_desc *desc, etk_index_arrays *arrays, etk_bsr *out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,24 @@
+"""The kernels of libedgetok from Python: numpy or DLPack in, numpy out. Names are loaded on first use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LAZY = {
+    "BlockIndex": "index.blocks",
+    "density_and_recall": "index.quality",
+}
+
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

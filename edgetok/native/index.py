@@ -1,0 +1,248 @@
+"""The index builders of libedgetok through ctypes: arrays in, arrays out, no policy.
+
+Each builder runs twice: once for the sizes, once to fill arrays of exactly those sizes. Builders that must compute
+scores to know a size get arrays for the worst case instead, and the tails are cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgetok.native import library
+from edgetok.native.tensors import Tensor, aligned_empty, check, tensor
+
+
+class Bsr(ctypes.Structure):
+    """``etk_bsr``."""
+
+    _fields_ = (
+        ("bq", ctypes.c_int32),
+        ("bk", ctypes.c_int32),
+        ("nqb", ctypes.c_int64),
+        ("nkb", ctypes.c_int64),
+        ("row_ptr", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("col", ctypes.c_void_p),
+        ("nnz", ctypes.c_int64),
+        ("kind", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("nbits", ctypes.c_int64),
+        ("bits_idx", ctypes.c_void_p),
+        ("q_block_ptr", ctypes.c_void_p),
+        ("k_block_ptr", ctypes.c_void_p),
+        ("var_stride_q", ctypes.c_int64),
+        ("var_stride_k", ctypes.c_int64),
+        ("stride_b", ctypes.c_int64),
+        ("stride_h", ctypes.c_int64),
+        ("head_pattern", ctypes.c_void_p),
+    )
+
+
+class Arrays(ctypes.Structure):
+    """``etk_index_arrays``."""
+
+    _fields_ = (
+        ("row_ptr", ctypes.c_void_p),
+        ("row_cap", ctypes.c_int64),
+        ("col", ctypes.c_void_p),
+        ("kind", ctypes.c_void_p),
+        ("bits_idx", ctypes.c_void_p),
+        ("nnz_cap", ctypes.c_int64),
+        ("bits", ctypes.c_void_p),
+        ("bits_cap", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("nnz", ctypes.c_int64),
+        ("nbits", ctypes.c_int64),
+    )
+
+
+class WindowDesc(ctypes.Structure):
+    """``etk_window_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("causal", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("left", ctypes.c_int64),
+        ("right", ctypes.c_int64),
+        ("sink", ctypes.c_int64),
+    )
+
+
+class RadialDesc(ctypes.Structure):
+    """``etk_radial_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("sink_frame", ctypes.c_int32),
+        ("frames", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("text", ctypes.c_int64),
+        ("decay_q8", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Csr:
+    """Arrays of one index as the library filled them; ``kind`` 0 full, 1 partial, ``bits_idx`` -1 = no bits."""
+
+    row_ptr: np.ndarray
+    col: np.ndarray
+    kind: np.ndarray
+    bits: np.ndarray
+    bits_idx: np.ndarray
+
+
+def desc_of(kind: type[ctypes.Structure], **values: Any) -> ctypes.Structure:
+    """A versioned struct with its size set."""
+    return kind(struct_size=ctypes.sizeof(kind), **values)
+
+
+def _allocate(rows: int, nnz: int, nbits: int) -> tuple[Arrays, Csr]:
+    csr = Csr(
+        np.zeros(rows + 1, np.int64),
+        np.empty(nnz, np.int32),
+        np.empty(nnz, np.uint8),
+        np.empty((nbits, 64), np.uint64),
+        np.full(nnz, -1, np.int32),
+    )
+    arrays = Arrays(
+        row_ptr=csr.row_ptr.ctypes.data,
+        row_cap=rows + 1,
+        col=csr.col.ctypes.data,
+        kind=csr.kind.ctypes.data,
+        bits_idx=csr.bits_idx.ctypes.data,
+        nnz_cap=nnz,
+        bits=csr.bits.ctypes.data,
+        bits_cap=nbits,
+    )
+    return arrays, csr
+
+
+def build(call: Callable[[Arrays, Bsr], int], what: str, worst: tuple[int, int] | None = None) -> Csr:
+    """Run a builder.
+
+    Args:
+        call: given the arrays and the struct to describe them in, returns the status.
+        what: the builder's name, for errors.
+        worst: rows and entries at most; None asks the builder first.
+    """
+    lib = library()
+    out = Bsr()
+    if worst is None:
+        sizes = Arrays()
+        check(call(sizes, out), what, lib)
+        arrays, csr = _allocate(sizes.rows, sizes.nnz, sizes.nbits)
+    else:
+        arrays, csr = _allocate(*worst, 0)
+    check(call(arrays, out), what, lib)
+    n = arrays.nnz
+    return csr if n == len(csr.col) else Csr(csr.row_ptr, csr.col[:n], csr.kind[:n], csr.bits, csr.bits_idx[:n])
+
+
+def window(n: int, m: int, left: int, right: int, sink: int, causal: bool) -> Csr:
+    """``etk_bsr_from_window``."""
+    lib = library()
+    desc = desc_of(WindowDesc, causal=causal, n=n, m=m, left=left, right=right, sink=sink)
+    return build(
+        lambda a, b: lib.etk_bsr_from_window(ctypes.byref(desc), ctypes.byref(a), ctypes.byref(b)), "window index"
+    )
+
+
+def mask(array: np.ndarray, m: int, causal: bool) -> Csr:
+    """``etk_bsr_from_mask``; bool or uint8 [.., N, M], or uint64 words [.., N, ceil(M/64)]."""
+    lib = library()
+    view = tensor(array)
+    bytes_ = ctypes.c_uint64()
+    size = ctypes.c_int64(m)
+    check(lib.etk_bsr_from_mask_workspace(ctypes.byref(view), size, ctypes.byref(bytes_)), "mask index", lib)
+    ws = aligned_empty(bytes_.value)
+
+    def call(a: Arrays, b: Bsr) -> int:
+        return lib.etk_bsr_from_mask(
+            ctypes.byref(view),
+            size,
+            ctypes.c_int32(causal),
+            ctypes.byref(a),
+            ctypes.byref(b),
+            ctypes.c_void_p(ws.ctypes.data),
+            bytes_,
+        )
+
+    return build(call, "mask index")
+
+
+def radial(frames: int, tokens: int, text: int, decay_q8: int, sink_frame: bool) -> Csr:
+    """``etk_bsr_from_radial``."""
+    lib = library()
+    desc = desc_of(RadialDesc, sink_frame=sink_frame, frames=frames, tokens=tokens, text=text, decay_q8=decay_q8)
+    return build(
+        lambda a, b: lib.etk_bsr_from_radial(ctypes.byref(desc), ctypes.byref(a), ctypes.byref(b)), "radial index"
+    )
+
+
+def bsr(
+    csr: Csr,
+    nqb: int,
+    nkb: int,
+    stride_b: int = 0,
+    stride_h: int = 0,
+    q_ptr: np.ndarray | None = None,
+    k_ptr: np.ndarray | None = None,
+    var_stride: tuple[int, int] = (0, 0),
+) -> Bsr:
+    """``etk_bsr`` over arrays that the caller keeps alive; with ``q_ptr`` and ``k_ptr`` blocks are variable."""
+    size = 64 if q_ptr is None else 0
+    has_bits = len(csr.bits) > 0
+    return Bsr(
+        bq=size,
+        bk=size,
+        nqb=nqb,
+        nkb=nkb,
+        row_ptr=csr.row_ptr.ctypes.data,
+        rows=len(csr.row_ptr) - 1,
+        col=csr.col.ctypes.data,
+        nnz=len(csr.col),
+        kind=csr.kind.ctypes.data,
+        bits=csr.bits.ctypes.data if has_bits else None,
+        nbits=len(csr.bits),
+        bits_idx=csr.bits_idx.ctypes.data if has_bits else None,
+        q_block_ptr=None if q_ptr is None else q_ptr.ctypes.data,
+        k_block_ptr=None if k_ptr is None else k_ptr.ctypes.data,
+        var_stride_q=var_stride[0],
+        var_stride_k=var_stride[1],
+        stride_b=stride_b,
+        stride_h=stride_h,
+    )
+
+
+def check_bsr(index: Bsr, batch: int, heads: int, n: int, m: int) -> None:
+    """``etk_bsr_check``.
+
+    Raises:
+        InputError: the content is wrong.
+    """
+    lib = library()
+    sizes = [ctypes.c_int64(x) for x in (batch, heads, n, m)]
+    check(lib.etk_bsr_check(ctypes.byref(index), *sizes), "block index", lib)
+
+
+def count_bsr(index: Bsr, batch: int, heads: int, n: int, m: int, causal: bool) -> tuple[int, int]:
+    """``etk_bsr_count``: listed and visible tiles (pairs with variable blocks)."""
+    lib = library()
+    listed, visible = ctypes.c_int64(), ctypes.c_int64()
+    sizes = [ctypes.c_int64(x) for x in (batch, heads, n, m)]
+    status = lib.etk_bsr_count(
+        ctypes.byref(index), *sizes, ctypes.c_int32(causal), ctypes.byref(listed), ctypes.byref(visible)
+    )
+    check(status, "block index", lib)
+    return listed.value, visible.value
+
+
+__all__ = ["Arrays", "Bsr", "Csr", "Tensor", "bsr", "build", "check_bsr", "count_bsr", "mask", "radial", "window"]
