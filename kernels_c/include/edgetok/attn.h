@@ -87,7 +87,7 @@ typedef struct etk_attn_io {
   uint32_t struct_size, reserved;
   etk_tensor q, k, v, o;       /* f32 (q, k, v also f16) */
   const struct etk_kv_cache *kv; /* kv_layout PAGED: instead of k and v */
-  int32_t kv_layer, reserved2; /* which layer of the cache */
+  int32_t kv_layer, kv_seq;    /* layer of the cache; sequence of batch row 0, the others follow it */
   etk_bsr bsr;
   etk_tensor gather;           /* i32 [B, Hkv or 1, n_sel] key indices, -1 = padding; PAGED: page numbers of the sequence */
   etk_tensor cu_q, cu_k;       /* i32 or i64 [B + 1], packed variable length */
