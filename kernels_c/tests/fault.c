@@ -16,8 +16,8 @@ static void *write_shared(void *arg) {
 int main(int argc, char **argv) {
   const char *kind = argc > 1 ? argv[1] : "";
   if (strcmp(kind, "freed") == 0) {
-    char *volatile bytes = malloc(16);
-    free(bytes);
+    volatile char *volatile bytes = malloc(16);
+    free((void *)bytes);
     if (bytes) bytes[3] = 1;
   } else if (strcmp(kind, "overflow") == 0) {
     volatile int most = INT_MAX;

@@ -152,7 +152,7 @@ def test_radial_equals_its_law(case: tuple[int, int, int, int, bool]) -> None:
 
 
 def test_radial_golden() -> None:
-    """8 frames of 64 tokens, one block each: e = 7 - bits(distance), 2 and 3 apart need a multiple of 2, 4 to 7 of 4."""
+    """8 frames of 64 tokens, one block each: e = 7 - bits(distance): 2, 3 apart need a multiple of 2, 4 to 7 of 4."""
     index = from_radial(8, 64)
     distance = np.abs(np.arange(8)[:, None] - np.arange(8)[None])
     assert (index.mask()[0, 0] == np.isin(distance, [0, 1, 2, 4])).all()
