@@ -187,6 +187,16 @@ def test_devices_gives_each_a_reason() -> None:
         assert row["available"] or row["fix"] or row["reason"]
 
 
+def test_devices_and_doctor_name_the_kernels_that_this_cpu_takes() -> None:
+    from edgetok.native.table import chosen
+
+    names = [kernel.name for kernel in chosen()]
+    assert edgetok("devices", "--json").json()["kernels"] == {"available": True, "chosen": names}
+    assert edgetok("doctor", "--json").json()["native"]["kernels"] == names
+    capped = edgetok("devices", "--json", env={"EDGETOK_MAX_ISA": "scalar"}).json()["kernels"]["chosen"]
+    assert all("_scalar_" in name for name in capped)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(shell: str) -> None:
     done = edgetok("completion", shell)

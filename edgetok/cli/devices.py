@@ -24,6 +24,17 @@ def list_devices() -> list[dict[str, Any]]:
     return rows
 
 
+def list_kernels() -> dict[str, Any]:
+    """The kernels that libedgetok takes on this CPU, or why there are none."""
+    from edgetok.errors import EdgeTokError
+    from edgetok.native.table import chosen
+
+    try:
+        return {"available": True, "chosen": [kernel.name for kernel in chosen()]}
+    except EdgeTokError as exc:
+        return {"available": False, "chosen": [], "reason": exc.message, "fix": exc.next}
+
+
 def devices(json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
     """List devices, and why each is available or not."""
     out = output.setup(json, verbose, quiet)
@@ -32,7 +43,12 @@ def devices(json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> N
         ["device", "available", "version", "reason"],
         [(r["name"], "yes" if r["available"] else "no", r["version"] or "-", _reason(r)) for r in rows],
     )
-    out.emit({"devices": rows})
+    kernels = list_kernels()
+    if kernels["available"]:
+        out.line("kernels", f"libedgetok takes {', '.join(kernels['chosen']) or 'nothing: this build holds no kernel'}")
+    else:
+        out.line("kernels", kernels["reason"], "no")
+    out.emit({"devices": rows, "kernels": kernels})
 
 
 def _reason(row: dict[str, Any]) -> str:

@@ -113,9 +113,11 @@ def _physical() -> int | None:
 
 def _native(problems: list[EdgeTokError]) -> dict[str, Any]:
     from edgetok.native import caps, library_path
+    from edgetok.native.table import chosen
 
     try:
         found = caps()
+        kernels = [kernel.name for kernel in chosen()]
     except EdgeTokError as exc:
         problems.append(exc)
         return {"available": False, "reason": exc.message, "fix": exc.next}
@@ -125,6 +127,7 @@ def _native(problems: list[EdgeTokError]) -> dict[str, Any]:
         "isa": found.isa,
         "cpu_features": found.cpu,
         "usable_features": found.usable,
+        "kernels": kernels,
         "path": str(library_path()),
     }
 
@@ -153,6 +156,7 @@ def _print(out: output.Output, report: dict[str, Any]) -> None:
     line("cpu", f"{report['cpu']}, {cores['physical'] or '?'} cores, {cores['logical'] or '?'} threads")
     if native["available"]:
         line("native", f"libedgetok {native['version']}, best instruction set {native['isa']}", "ok")
+        line("kernels", ", ".join(native["kernels"]) or "none in this build")
         if out.verbose:
             line("", f"CPU features {' '.join(native['cpu_features'])}; used {' '.join(native['usable_features'])}")
     else:

@@ -6,7 +6,11 @@ from typing import Any
 
 _LAZY = {
     "BlockIndex": "index.blocks",
+    "cmake_dir": "c_files",
     "density_and_recall": "index.quality",
+    "include_dir": "c_files",
+    "library_dir": "c_files",
+    "pkgconfig_dir": "c_files",
 }
 
 __all__ = sorted(_LAZY)

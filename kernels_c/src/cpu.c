@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "edgetok/base.h"
+#include "cpu.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -118,4 +118,10 @@ const char *etk_isa_name(uint32_t usable) {
   for (int i = 0; i < k_isa_count; i++)
     if (k_isas[i].own == 0 || (usable & k_isas[i].own)) return k_isas[i].name;
   return "scalar";
+}
+
+int etk_isa_usable(const char *isa, uint32_t usable) {
+  for (int i = 0; i < k_isa_count; i++)
+    if (strcmp(isa, k_isas[i].name) == 0) return k_isas[i].own == 0 || (usable & k_isas[i].own) != 0;
+  return 0;
 }

@@ -133,6 +133,20 @@ ETK_API uint32_t etk_abi(void);
  * Returns ETK_OK, ETK_E_NULL, ETK_E_ISA or ETK_E_STRUCT; on an error *caps is unchanged. */
 ETK_API ETK_MUST_USE etk_status etk_get_caps(etk_caps *caps);
 
+/* One row of the table of kernels compiled into this library. Within the rows of one op and one pair of element types the
+ * best comes first, and the first usable one is what a plan without isa_cap takes. */
+typedef struct etk_kernel_info {
+  uint32_t struct_size; /* in: bytes of the caller's struct */
+  int32_t usable;       /* out: 1 when this CPU may run it, after EDGETOK_MAX_ISA */
+  const char *op;       /* out: "attn"; these three are static storage */
+  const char *isa;      /* out: "avx512vnni" */
+  const char *name;     /* out: "attn_s8_avx512vnni_6x64" */
+} etk_kernel_info;
+
+/* Describe row i = 0, 1, ... Returns ETK_OK, ETK_E_NULL, ETK_E_STRUCT, ETK_E_ISA (EDGETOK_MAX_ISA), or ETK_E_RANGE past the
+ * last row; on an error *info is unchanged. */
+ETK_API ETK_MUST_USE etk_status etk_kernel_at(int32_t i, etk_kernel_info *info);
+
 /* The best ISA token usable here, as "avx512vbmi"; "scalar" when none. Static storage. */
 ETK_API const char *etk_isa_name(uint32_t usable);
 
