@@ -313,9 +313,11 @@ static void test_child_of_fork_runs_serially(void) {
     atomic_store(&g_failures, 0);
     for (int i = 0; i < 10; i++) run_once(pool, 100, "in the child");
     etk_pool_free(pool);
-    const etk_pool *own = make(2, 0);
-    run_once(own, 100, "the child's own pool");
-    etk_pool_free(own);
+    if (!getenv("EDGETOK_EMULATED")) { /* qemu-user 7.2 aborts when the child of a threaded process starts a thread */
+      const etk_pool *own = make(2, 0);
+      run_once(own, 100, "the child's own pool");
+      etk_pool_free(own);
+    }
     _exit(atomic_load(&g_failures) != 0);
   }
   int status = 0;

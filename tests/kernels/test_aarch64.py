@@ -1,0 +1,122 @@
+"""The C tests cross-compiled for 64-bit ARM and run under qemu-user, and the cross-built wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import c_build
+import pytest
+
+TOOLCHAIN = c_build.ROOT / "kernels_c" / "cmake" / "aarch64-linux-gnu.cmake"
+SYSROOT = Path("/usr/aarch64-linux-gnu")
+COMPILER = "aarch64-linux-gnu-gcc"
+# What each imitated processor has, hence what the library must choose there.
+CPUS = {"max": "neoni8mm", "neoverse-n1": "neondot", "cortex-a72": "neon"}
+BELOW = {"neoni8mm": ("neoni8mm", "neondot", "neon"), "neondot": ("neondot", "neon"), "neon": ("neon",)}
+EM_AARCH64 = 183  # e_machine of ELF
+PROBE = """#include <edgetok/edgetok.h>
+#include <stdio.h>
+int main(void) {
+  etk_caps caps = {.struct_size = sizeof caps};
+  if (etk_get_caps(&caps) != ETK_OK) return 1;
+  printf("%s %u\\n", etk_isa_name(caps.usable), (unsigned)etk_abi());
+  return 0;
+}
+"""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here: apt install gcc-aarch64-linux-gnu"),
+]
+
+
+def qemu(cpu: str, program: Path, env: dict[str, str] | None = None) -> str:
+    """Run an ARM program on an imitated processor; its output."""
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if emulator is None:
+        pytest.skip("no qemu-aarch64 here: apt install qemu-user")
+    env = {"EDGETOK_EMULATED": "1", **(env or {})}
+    settings = [part for name, value in env.items() for part in ("-E", f"{name}={value}")]
+    return c_build.run(emulator, "-L", SYSROOT, "-cpu", cpu, *settings, program, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the cross-compiled library and C tests."""
+    folder = tmp_path_factory.mktemp("aarch64")
+    c_build.build(folder, f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}", f"-DCMAKE_C_COMPILER={COMPILER}", "-DEDGETOK_TESTS=ON")
+    return folder / "kernels_c"
+
+
+@pytest.fixture(scope="session")
+def probe(built: Path) -> Path:
+    """A program linked to the cross-compiled library that prints what it would choose."""
+    source = built / "probe.c"
+    source.write_text(PROBE)
+    include = c_build.ROOT / "kernels_c" / "include"
+    c_build.run(
+        COMPILER,
+        "-std=c11",
+        f"-I{include}",
+        source,
+        f"-L{built}",
+        "-ledgetok",
+        "-Wl,-rpath,$ORIGIN",
+        "-o",
+        built / "probe",
+    )
+    return built / "probe"
+
+
+def machine(head: bytes) -> int:
+    assert head[:6] == b"\x7fELF\x02\x01", "not a little-endian 64-bit ELF file"
+    return int(struct.unpack_from("<H", head, 18)[0])
+
+
+@pytest.mark.parametrize("name", c_build.C_TESTS)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_c_program_passes(built: Path, cpu: str, name: str) -> None:
+    qemu(cpu, built / name)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_best_isa_is_chosen_at_run_time(probe: Path, cpu: str) -> None:
+    best = CPUS[cpu]
+    assert qemu(cpu, probe).split()[0] == best
+    for cap in BELOW["neoni8mm"]:
+        want = cap if cap in BELOW[best] else best
+        assert qemu(cpu, probe, {"EDGETOK_MAX_ISA": cap}).split()[0] == want
+    assert qemu(cpu, probe, {"EDGETOK_MAX_ISA": "scalar"}).split()[0] == "scalar"
+
+
+def test_wheel_cross_builds_for_linux_aarch64(tmp_path: Path) -> None:
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("scikit_build_core") else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", *isolation, "-w", tmp_path, c_build.ROOT],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={
+            **os.environ,
+            "CMAKE_ARGS": f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}",
+            "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        },
+    )
+    text = done.stdout + done.stderr
+    if "No matching distribution found for scikit-build-core" in text:
+        pytest.skip("scikit-build-core cannot be installed here: no package index")
+    assert done.returncode == 0, text[-6000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (library,) = (name for name in archive.namelist() if name.endswith("libedgetok.so"))
+        assert machine(archive.read(library)) == EM_AARCH64
+        (tags,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Tag: py3-none-linux_aarch64" in archive.read(tags).decode()
