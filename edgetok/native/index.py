@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from edgetok.native import library
-from edgetok.native.tensors import Tensor, aligned_empty, check, tensor
+from edgetok.native.pool import pool
+from edgetok.native.tensors import aligned_empty, check, tensor
 
 
 class Bsr(ctypes.Structure):
@@ -85,6 +86,22 @@ class RadialDesc(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("text", ctypes.c_int64),
         ("decay_q8", ctypes.c_int32),
+    )
+
+
+class ToppDesc(ctypes.Structure):
+    """``etk_topp_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("causal", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("theta", ctypes.c_float),
+        ("p", ctypes.c_float),
+        ("topk", ctypes.c_float),
+        ("min_keep", ctypes.c_int32),
+        ("sink_blocks", ctypes.c_int32),
+        ("local_blocks", ctypes.c_int32),
     )
 
 
@@ -187,6 +204,40 @@ def radial(frames: int, tokens: int, text: int, decay_q8: int, sink_frame: bool)
     )
 
 
+def workspace(function: str, *args: Any) -> np.ndarray:
+    """Bytes for a builder, as its ``*_workspace`` function asks."""
+    lib = library()
+    bytes_ = ctypes.c_uint64()
+    check(getattr(lib, f"{function}_workspace")(*args, ctypes.byref(bytes_)), function, lib)
+    return aligned_empty(bytes_.value)
+
+
+def worst_case(q: np.ndarray, k: np.ndarray) -> tuple[int, int]:
+    """Rows of an index over q [B, H, N, d] and k [B, Hkv, M, d], and entries at most."""
+    rows = q.shape[0] * q.shape[1] * -(-q.shape[2] // 64)
+    return rows, rows * -(-k.shape[2] // 64)
+
+
+def from_scores(function: str, what: str, desc: ctypes.Structure, q: np.ndarray, k: np.ndarray, threads: int) -> Csr:
+    """A builder of the form (desc, q, k, arrays, out, ws, bytes, pool)."""
+    lib = library()
+    lent = ctypes.c_void_p(pool(threads))
+    views = [ctypes.byref(tensor(q)), ctypes.byref(tensor(k))]
+    ws = workspace(function, *views, lent)
+    call = getattr(lib, function)
+
+    def run(a: Arrays, b: Bsr) -> int:
+        space = (ctypes.c_void_p(ws.ctypes.data), ctypes.c_uint64(len(ws)))
+        return int(call(ctypes.byref(desc), *views, ctypes.byref(a), ctypes.byref(b), *space, lent))
+
+    return build(run, what, worst_case(q, k))
+
+
+def topp(q: np.ndarray, k: np.ndarray, threads: int, **values: Any) -> Csr:
+    """``etk_bsr_from_topp``; ``values`` are the fields of ``etk_topp_desc``."""
+    return from_scores("etk_bsr_from_topp", "top-p index", desc_of(ToppDesc, **values), q, k, threads)
+
+
 def bsr(
     csr: Csr,
     nqb: int,
@@ -245,4 +296,17 @@ def count_bsr(index: Bsr, batch: int, heads: int, n: int, m: int, causal: bool) 
     return listed.value, visible.value
 
 
-__all__ = ["Arrays", "Bsr", "Csr", "Tensor", "bsr", "build", "check_bsr", "count_bsr", "mask", "radial", "window"]
+__all__ = [
+    "Arrays",
+    "Bsr",
+    "Csr",
+    "bsr",
+    "build",
+    "check_bsr",
+    "count_bsr",
+    "mask",
+    "radial",
+    "topp",
+    "window",
+    "worst_case",
+]

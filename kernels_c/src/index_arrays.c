@@ -36,6 +36,11 @@ void etk_index_describe(const etk_index_arrays *arrays, int64_t nqb, int64_t nkb
   *out = x;
 }
 
+void etk_index_heads(etk_bsr *out, int64_t batch, int64_t heads) {
+  out->stride_h = heads > 1 ? out->nqb : 0;
+  out->stride_b = batch > 1 ? heads * out->nqb : 0;
+}
+
 int64_t etk_index_visible(int64_t r, int64_t n, int64_t m, int causal) {
   if (!causal) return etk_ceil_div(m, ETK_BLOCK);
   const int64_t last_row = r * ETK_BLOCK + 63 < n - 1 ? r * ETK_BLOCK + 63 : n - 1;

@@ -135,7 +135,6 @@ etk_status etk_bsr_from_mask(const etk_tensor *mask, int64_t m, int32_t causal, 
   }
   for (int64_t r = 0; nkb == 0 && r < rows; r++) arrays->row_ptr[r + 1] = 0;
   etk_index_describe(arrays, nqb, nkb, out);
-  out->stride_h = v.inner > 1 ? nqb : 0;
-  out->stride_b = v.outer > 1 ? v.inner * nqb : 0;
+  etk_index_heads(out, v.outer, v.inner);
   return ETK_OK;
 }

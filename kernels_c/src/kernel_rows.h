@@ -11,6 +11,10 @@
 #define ETK_ROW_gemm(isa, name)
 #define ETK_UNDEF_gemm
 #endif
+#ifndef ETK_ROW_index
+#define ETK_ROW_index(isa, name)
+#define ETK_UNDEF_index
+#endif
 #ifndef ETK_ROW_ops
 #define ETK_ROW_ops(isa, name)
 #define ETK_UNDEF_ops
@@ -37,6 +41,10 @@
 #ifdef ETK_UNDEF_gemm
 #undef ETK_ROW_gemm
 #undef ETK_UNDEF_gemm
+#endif
+#ifdef ETK_UNDEF_index
+#undef ETK_ROW_index
+#undef ETK_UNDEF_index
 #endif
 #ifdef ETK_UNDEF_ops
 #undef ETK_ROW_ops

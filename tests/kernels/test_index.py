@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from edgetok.errors import InputError
-from edgetok.kernels.index import BlockIndex, density_and_recall, from_mask, from_radial, from_window
+from edgetok.kernels.index import BlockIndex, density_and_recall, from_mask, from_radial, from_topp, from_window
 from edgetok.kernels.index.mask import mask_reference
 from edgetok.kernels.index.radial import radial_reference
+from edgetok.kernels.index.topp import topp_reference
 from edgetok.kernels.index.window import window_reference
 from edgetok.native.index import Csr
 
@@ -152,7 +153,7 @@ def test_radial_equals_its_law(case: tuple[int, int, int, int, bool]) -> None:
 
 
 def test_radial_golden() -> None:
-    """8 frames of 64 tokens, one block each: e = 7 - bits(distance): 2, 3 apart need a multiple of 2, 4 to 7 of 4."""
+    """8 frames of 64 tokens, one block each: e = 7 - bits(distance): 2 and 3 apart need a multiple of 2, 4-7 of 4."""
     index = from_radial(8, 64)
     distance = np.abs(np.arange(8)[:, None] - np.arange(8)[None])
     assert (index.mask()[0, 0] == np.isin(distance, [0, 1, 2, 4])).all()
@@ -198,3 +199,117 @@ def test_recall_counts_the_bits_of_partial_tiles() -> None:
     found = density_and_recall(q, q, index)
     assert found.recall[0, 0] == pytest.approx(1 / 100)
     assert found.density[0, 0] == pytest.approx(2 / 4)
+
+
+def clustered(
+    seed: int, batch: int, heads: int, kv_heads: int, n: int, m: int, d: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys whose blocks resemble themselves, some of them wild."""
+    rng = np.random.default_rng(seed)
+
+    def side(h: int, tokens: int) -> np.ndarray:
+        centre = rng.standard_normal((batch, h, -(-tokens // 64), 1, d)) * 2
+        x = (
+            centre
+            + rng.standard_normal((batch, h, centre.shape[2], 64, d))
+            * rng.choice([0.3, 3.0], centre.shape[:3])[..., None, None]
+        )
+        return x.reshape(batch, h, -1, d)[:, :, :tokens].astype(np.float32) + rng.standard_normal(d).astype(np.float32)
+
+    return side(heads, n), side(kv_heads, m)
+
+
+TOPPS = [
+    {"p": 0.9, "theta": 0.5}, {"p": 0.5, "theta": -1.0, "sink_blocks": 0, "local_blocks": 0}, {"p": 1.0, "theta": 0.3},
+    {"topk": 0.3, "theta": 0.0}, {"topk": 0.01, "theta": -1.0, "min_keep": 3},
+    {"p": 0.2, "theta": 1.0, "local_blocks": 3},
+    {"p": 0.97, "theta": 0.6, "sink_blocks": 2, "local_blocks": 2},
+]  # fmt: skip
+SHAPES = [
+    (1, 1, 1, 64, 64, 16),
+    (1, 2, 1, 700, 700, 64),
+    (2, 4, 2, 257, 513, 40),
+    (1, 1, 1, 513, 190, 24),
+    (1, 3, 3, 1, 65, 33),
+]
+
+
+@pytest.mark.parametrize("settings", TOPPS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_topp_equals_its_law(settings: dict[str, float], shape: tuple[int, ...], causal: bool) -> None:
+    q, k = clustered(sum(shape), *shape)
+    full = {"p": 0.0, "topk": 0.0, "theta": 0.5, "min_keep": 1, "sink_blocks": 1, "local_blocks": 1} | settings
+    index = from_topp(q, k, causal=causal, **full)
+    assert_same(index.csr, topp_reference(q, k, causal=causal, **full))
+    assert_postconditions(index)
+
+
+def test_topp_is_the_same_on_every_isa_and_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = clustered(1, 1, 4, 2, 600, 600, 72)
+    whole = from_topp(q, k, p=0.8)
+    assert_same(from_topp(q, k, p=0.8, threads=3).csr, whole.csr)
+    for isa in ("scalar", "avx2"):
+        monkeypatch.setenv("EDGETOK_MAX_ISA", isa)
+        assert_same(from_topp(q, k, p=0.8).csr, whole.csr)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e-40])
+def test_topp_of_wild_values_equals_its_law(value: float) -> None:
+    q, k = clustered(2, 1, 2, 1, 300, 300, 16)
+    rng = np.random.default_rng(0)
+    for x in (q, k):
+        x[rng.random(x.shape) < 0.01] = value
+        x[:, :, 64:128] = 0
+    full = {"p": 0.9, "topk": 0.0, "theta": 0.4, "min_keep": 1, "sink_blocks": 1, "local_blocks": 1, "causal": False}
+    index = from_topp(q, k, **full)
+    assert_same(index.csr, topp_reference(q, k, **full))
+    assert_postconditions(index)
+
+
+def test_topp_keeps_the_mass_where_blocks_are_alike() -> None:
+    """Keys in tight groups, one for each query block: a tenth of the tiles holds nearly everything."""
+    rng = np.random.default_rng(4)
+    centre = rng.standard_normal((16, 1, 64)) * 3
+    q, k = (
+        (centre + rng.standard_normal((16, 64, 64)) * 0.3).reshape(1, 1, 1024, 64).astype(np.float32) for _ in range(2)
+    )
+    index = from_topp(q, k, p=0.95, theta=0.3)
+    found = density_and_recall(q, k, index)
+    assert found.recall[0, 0] > 0.95
+    assert found.density[0, 0] < 0.2
+    assert found.density[0, 0] == pytest.approx(index.density())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{}, {"p": -0.1}, {"p": 1.5}, {"p": float("nan")}, {"topk": 2.0}, {"p": 0.5, "theta": 1.5},
+     {"p": 0.5, "min_keep": -1},
+     {"p": 0.5, "scale": -1.0}, {"p": 0.5, "sink_blocks": -1}, {"p": 0.5, "local_blocks": -2},
+     {"p": 0.5, "threads": 0}],
+)  # fmt: skip
+def test_topp_refuses_bad_parameters(bad: dict[str, float]) -> None:
+    q, k = clustered(0, 1, 1, 1, 64, 64, 16)
+    with pytest.raises(InputError):
+        from_topp(q, k, **bad)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 2, 8, 4), (1, 3, 8, 4)),
+        ((1, 2, 8, 4), (1, 2, 8, 5)),
+        ((2, 8, 4), (2, 8, 4)),
+        ((1, 1, 4, 2000), (1, 1, 4, 2000)),
+    ],
+)
+def test_topp_refuses_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(InputError):
+        from_topp(*(np.zeros(s, np.float32) for s in shapes), p=0.5)
+
+
+def test_topp_of_nothing() -> None:
+    empty = from_topp(np.zeros((1, 2, 0, 16), np.float32), np.zeros((1, 2, 64, 16), np.float32), p=0.5)
+    assert len(empty.csr.col) == 0
+    no_keys = from_topp(np.zeros((1, 2, 64, 16), np.float32), np.zeros((1, 2, 0, 16), np.float32), p=0.5)
+    assert no_keys.csr.row_ptr.tolist() == [0, 0, 0]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgetok.kernels.index.mask import from_mask as from_mask
     from edgetok.kernels.index.quality import density_and_recall as density_and_recall
     from edgetok.kernels.index.radial import from_radial as from_radial
+    from edgetok.kernels.index.topp import from_topp as from_topp
     from edgetok.kernels.index.window import from_window as from_window
 
 _LAZY = {
@@ -20,10 +21,11 @@ _LAZY = {
     "density_and_recall": "quality",
     "from_mask": "mask",
     "from_radial": "radial",
+    "from_topp": "topp",
     "from_window": "window",
 }
 
-__all__ = ["BlockIndex", "density_and_recall", "from_mask", "from_radial", "from_window"]
+__all__ = ["BlockIndex", "density_and_recall", "from_mask", "from_radial", "from_topp", "from_window"]
 
 
 def __getattr__(name: str) -> Any:

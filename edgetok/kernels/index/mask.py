@@ -42,7 +42,8 @@ def csr_of_tokens(seen: np.ndarray, cut: np.ndarray | None) -> Csr:
     """CSR of bool [P, N, M]; tiles equal to ``cut`` [N, M] (the causal mask) carry no bits. One bits tile per tile."""
     patterns, n, m = seen.shape
     rows, cols = block_count(n), block_count(m)
-    row_ptr, col, kind, bits, bits_idx = [0], [], [], [], []
+    row_ptr, col, kind, bits_idx = [0], [], [], []
+    bits: list[np.ndarray] = []
     for p in range(patterns):
         for r in range(rows):
             for c in range(cols):

@@ -83,6 +83,33 @@ typedef struct etk_radial_desc {
 } etk_radial_desc;
 ETK_API ETK_MUST_USE etk_status etk_bsr_from_radial(const etk_radial_desc *desc, etk_index_arrays *arrays, etk_bsr *out);
 
+/* Builders that look at Q f32 [B, Hq, N, d] and K f32 [B, Hkv, M, d] (dense last axis, d <= 1024, Hq % Hkv == 0). They
+ * work on INT8 codes of K less its mean over keys, with scores as integers, so that the same input gives the same index on
+ * every machine; values that are not finite count as 0 (ETK_NOTE_NONFINITE). Rows of the index: [B][Hq][nqb]. Heads are
+ * the tasks given to the pool. ws: the bytes that *_workspace names for the same tensors and pool, aligned to 64. Common
+ * statuses: ETK_E_NULL, ETK_E_STRUCT, ETK_E_SHAPE, ETK_E_STRIDE, ETK_E_DTYPE, ETK_E_ALIGN, ETK_E_OVERFLOW,
+ * ETK_E_WORKSPACE, ETK_E_ISA, ETK_E_CANCELLED, ETK_E_RANGE (a parameter, or a capacity). Worst case of nnz: B Hq nqb nkb. */
+
+/* SpargeAttention's rule on pooled blocks. Blocks whose self-similarity (mean cosine of all pairs of rows) is under theta
+ * are computed wholly: such key blocks by every row, such query blocks over all visible keys. In the other rows the similar
+ * key blocks compete: softmax of pooled q . pooled k, largest first, until the mass reaches p (or, with p = 0, the share
+ * topk of the visible blocks), at least min_keep. The first sink_blocks columns and local_blocks around the diagonal
+ * (1 = the diagonal itself) are added. causal: bottom-right, by block. */
+typedef struct etk_topp_desc {
+  uint32_t struct_size;
+  int32_t causal;
+  float scale;         /* 0 = 1/sqrt(d) */
+  float theta;         /* -1 .. 1 */
+  float p, topk;       /* 0 .. 1, not both 0 */
+  int32_t min_keep;    /* 0 = 1 */
+  int32_t sink_blocks, local_blocks; /* 0 = none */
+} etk_topp_desc;
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_topp_workspace(const etk_tensor *q, const etk_tensor *k, const etk_pool *pool,
+                                                            uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                  etk_index_arrays *arrays, etk_bsr *out, void *ws, uint64_t ws_bytes,
+                                                  const etk_pool *pool);
+
 #ifdef __cplusplus
 }
 #endif
