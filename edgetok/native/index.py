@@ -105,6 +105,19 @@ class ToppDesc(ctypes.Structure):
     )
 
 
+class XattnDesc(ctypes.Structure):
+    """``etk_xattn_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("causal", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threshold", ctypes.c_float),
+        ("stride", ctypes.c_int32),
+        ("min_keep", ctypes.c_int32),
+    )
+
+
 @dataclass(frozen=True)
 class Csr:
     """Arrays of one index as the library filled them; ``kind`` 0 full, 1 partial, ``bits_idx`` -1 = no bits."""
@@ -223,7 +236,7 @@ def from_scores(function: str, what: str, desc: ctypes.Structure, q: np.ndarray,
     lib = library()
     lent = ctypes.c_void_p(pool(threads))
     views = [ctypes.byref(tensor(q)), ctypes.byref(tensor(k))]
-    ws = workspace(function, *views, lent)
+    ws = workspace(function, ctypes.byref(desc), *views, lent)
     call = getattr(lib, function)
 
     def run(a: Arrays, b: Bsr) -> int:
@@ -236,6 +249,11 @@ def from_scores(function: str, what: str, desc: ctypes.Structure, q: np.ndarray,
 def topp(q: np.ndarray, k: np.ndarray, threads: int, **values: Any) -> Csr:
     """``etk_bsr_from_topp``; ``values`` are the fields of ``etk_topp_desc``."""
     return from_scores("etk_bsr_from_topp", "top-p index", desc_of(ToppDesc, **values), q, k, threads)
+
+
+def xattn(q: np.ndarray, k: np.ndarray, threads: int, **values: Any) -> Csr:
+    """``etk_bsr_from_xattn``; ``values`` are the fields of ``etk_xattn_desc``."""
+    return from_scores("etk_bsr_from_xattn", "antidiagonal index", desc_of(XattnDesc, **values), q, k, threads)
 
 
 def bsr(
@@ -309,4 +327,5 @@ __all__ = [
     "topp",
     "window",
     "worst_case",
+    "xattn",
 ]

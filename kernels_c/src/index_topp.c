@@ -129,18 +129,25 @@ static void run_head(void *arg, int64_t task, int worker) {
   }
 }
 
-static etk_status check_desc(const etk_topp_desc *d) {
+/* Read and check everything but the workspace. */
+static etk_status begin(const etk_topp_desc *desc, const etk_tensor *q, const etk_tensor *k, job *j) {
+  etk_status st = etk_index_desc(desc, &j->desc, sizeof j->desc);
+  if (st == ETK_OK) st = etk_index_qk_read(q, k, &j->x);
+  if (st != ETK_OK) return st;
+  const etk_topp_desc *d = &j->desc;
   if (!(d->p >= 0.0f && d->p <= 1.0f) || !(d->topk >= 0.0f && d->topk <= 1.0f) || (d->p == 0.0f && d->topk == 0.0f))
     return ETK_E_RANGE;
   if (!(d->theta >= -1.0f && d->theta <= 1.0f) || !(d->scale >= 0.0f && d->scale <= 1e6f)) return ETK_E_RANGE;
   if (d->causal < 0 || d->causal > 1 || d->min_keep < 0 || d->sink_blocks < 0 || d->local_blocks < 0) return ETK_E_RANGE;
+  j->tau = (d->scale == 0.0f ? 1.0f / sqrtf((float)j->x.d) : d->scale) * 1.44269504f;
   return ETK_OK;
 }
 
-etk_status etk_bsr_from_topp_workspace(const etk_tensor *q, const etk_tensor *k, const etk_pool *pool, uint64_t *bytes) {
+etk_status etk_bsr_from_topp_workspace(const etk_topp_desc *desc, const etk_tensor *q, const etk_tensor *k, const etk_pool *pool,
+                                       uint64_t *bytes) {
   job j;
   if (!bytes) return ETK_E_NULL;
-  etk_status st = etk_index_qk_read(q, k, &j.x);
+  etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
   etk_carve size = {0};
   st = carve(&size, &j.x, etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS), &j);
@@ -152,9 +159,7 @@ etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, con
                              etk_bsr *out, void *ws, uint64_t ws_bytes, const etk_pool *pool) {
   job j;
   if (!arrays) return ETK_E_NULL;
-  etk_status st = etk_index_desc(desc, &j.desc, sizeof j.desc);
-  if (st == ETK_OK) st = etk_index_qk_read(q, k, &j.x);
-  if (st == ETK_OK) st = check_desc(&j.desc);
+  etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
   const int32_t workers = etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS);
   etk_carve size = {0}, pieces = {.base = ws};
@@ -165,7 +170,6 @@ etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, con
   st = carve(&pieces, &j.x, workers, &j);
   if (st != ETK_OK) return st;
   memset(j.note, 0, sizeof *j.note * (size_t)workers);
-  j.tau = (j.desc.scale == 0.0f ? 1.0f / sqrtf((float)j.x.d) : j.desc.scale) * 1.44269504f;
   st = etk_parallel(pool, workers, run_head, &j, j.x.batch * j.x.hkv);
   if (st == ETK_OK)
     st = etk_index_from_map(j.map, j.x.batch * j.x.hq, j.x.n, j.x.m, j.desc.causal, arrays, out);

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 
 from edgetok.errors import InputError
-from edgetok.kernels.index import BlockIndex, density_and_recall, from_mask, from_radial, from_topp, from_window
+from edgetok.kernels.index import (
+    BlockIndex,
+    density_and_recall,
+    from_mask,
+    from_radial,
+    from_topp,
+    from_window,
+    from_xattn,
+)
 from edgetok.kernels.index.mask import mask_reference
 from edgetok.kernels.index.radial import radial_reference
 from edgetok.kernels.index.topp import topp_reference
 from edgetok.kernels.index.window import window_reference
+from edgetok.kernels.index.xattn import xattn_reference
 from edgetok.native.index import Csr
 
 
@@ -313,3 +322,68 @@ def test_topp_of_nothing() -> None:
     assert len(empty.csr.col) == 0
     no_keys = from_topp(np.zeros((1, 2, 64, 16), np.float32), np.zeros((1, 2, 0, 16), np.float32), p=0.5)
     assert no_keys.csr.row_ptr.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("stride", [4, 16, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("threshold", "min_keep", "causal"), [(0.9, 0, True), (0.5, 3, False), (1.0, 0, True), (0.01, 0, False)]
+)
+def test_xattn_equals_its_law(
+    shape: tuple[int, ...], stride: int, threshold: float, min_keep: int, causal: bool
+) -> None:
+    q, k = clustered(sum(shape) + stride, *shape)
+    index = from_xattn(q, k, threshold=threshold, stride=stride, min_keep=min_keep, causal=causal)
+    law = xattn_reference(q, k, threshold=threshold, stride=stride, min_keep=min_keep, causal=causal)
+    assert_same(index.csr, law)
+    assert_postconditions(index)
+    if threshold == 1:
+        assert index.density() == 1
+
+
+def test_xattn_is_the_same_on_every_isa_and_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = clustered(1, 1, 4, 2, 1100, 1100, 72)
+    whole = from_xattn(q, k, threshold=0.8, causal=True)
+    assert_same(from_xattn(q, k, threshold=0.8, causal=True, threads=3).csr, whole.csr)
+    for isa in ("scalar", "avx2"):
+        monkeypatch.setenv("EDGETOK_MAX_ISA", isa)
+        assert_same(from_xattn(q, k, threshold=0.8, causal=True).csr, whole.csr)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_xattn_of_wild_values_equals_its_law(value: float) -> None:
+    q, k = clustered(2, 1, 2, 1, 300, 300, 16)
+    for x in (q, k):
+        x[np.random.default_rng(0).random(x.shape) < 0.01] = value
+    index = from_xattn(q, k, threshold=0.7)
+    assert_same(index.csr, xattn_reference(q, k, threshold=0.7, stride=16, min_keep=0, causal=False))
+
+
+def test_xattn_finds_a_vertical_line_and_keeps_diagonal_and_first() -> None:
+    """Every query loves the keys of block 5: those, the first and the diagonal, and nothing else."""
+    rng = np.random.default_rng(8)
+    q, k = rng.standard_normal((2, 1, 1, 1024, 32)).astype(np.float32) * 0.1
+    q[..., 0] += 8
+    k[:, :, 5 * 64 : 6 * 64, 0] += 8
+    mask = from_xattn(q, k, threshold=0.9).mask()[0, 0]
+    expected = np.eye(16, dtype=np.bool_)
+    expected[:, [0, 5]] = True
+    assert (mask == expected).all()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"threshold": 0},
+        {"threshold": 1.1},
+        {"threshold": float("nan")},
+        {"stride": 3},
+        {"stride": 128},
+        {"stride": -4},
+        {"min_keep": -1},
+    ],
+)
+def test_xattn_refuses_bad_parameters(bad: dict[str, float]) -> None:
+    q, k = clustered(0, 1, 1, 1, 64, 64, 16)
+    with pytest.raises(InputError):
+        from_xattn(q, k, **({"threshold": 0.5} | bad))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgetok.kernels.index.radial import from_radial as from_radial
     from edgetok.kernels.index.topp import from_topp as from_topp
     from edgetok.kernels.index.window import from_window as from_window
+    from edgetok.kernels.index.xattn import from_xattn as from_xattn
 
 _LAZY = {
     "BlockIndex": "blocks",
@@ -23,9 +24,10 @@ _LAZY = {
     "from_radial": "radial",
     "from_topp": "topp",
     "from_window": "window",
+    "from_xattn": "xattn",
 }
 
-__all__ = ["BlockIndex", "density_and_recall", "from_mask", "from_radial", "from_topp", "from_window"]
+__all__ = ["BlockIndex", "density_and_recall", "from_mask", "from_radial", "from_topp", "from_window", "from_xattn"]
 
 
 def __getattr__(name: str) -> Any:

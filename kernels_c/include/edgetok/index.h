@@ -104,11 +104,30 @@ typedef struct etk_topp_desc {
   int32_t min_keep;    /* 0 = 1 */
   int32_t sink_blocks, local_blocks; /* 0 = none */
 } etk_topp_desc;
-ETK_API ETK_MUST_USE etk_status etk_bsr_from_topp_workspace(const etk_tensor *q, const etk_tensor *k, const etk_pool *pool,
-                                                            uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_topp_workspace(const etk_topp_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                            const etk_pool *pool, uint64_t *bytes);
 ETK_API ETK_MUST_USE etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, const etk_tensor *k,
                                                   etk_index_arrays *arrays, etk_bsr *out, void *ws, uint64_t ws_bytes,
                                                   const etk_pool *pool);
+
+/* XAttention's rule. Squares of stride x stride queries and keys are scored by the sum of one antidiagonal (query
+ * S - 1 - i with key i), scaled by scale / stride; softmax along each strided row; mass of a 64 x 64 block = sum over its
+ * squares. The first block and those on the diagonal (of bottom-right positions) are kept, then the largest others until
+ * the mass reaches threshold x the row's, and at least min_keep blocks. causal: a square is visible when its first key is
+ * not after its last query. */
+typedef struct etk_xattn_desc {
+  uint32_t struct_size;
+  int32_t causal;
+  float scale;      /* 0 = 1/sqrt(d) */
+  float threshold;  /* > 0, <= 1 */
+  int32_t stride;   /* 4, 8, 16, 32 or 64; 0 = 16 */
+  int32_t min_keep;
+} etk_xattn_desc;
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_xattn_workspace(const etk_xattn_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                             const etk_pool *pool, uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_xattn(const etk_xattn_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                   etk_index_arrays *arrays, etk_bsr *out, void *ws, uint64_t ws_bytes,
+                                                   const etk_pool *pool);
 
 #ifdef __cplusplus
 }
