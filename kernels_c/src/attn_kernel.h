@@ -17,6 +17,9 @@
 
 enum { ETK_PAGE = 64, ETK_MAX_MR = 16, ETK_HEAD_UNIT = 16 /* d and dv are padded to this */, ETK_STEP = 28 };
 
+/* Groups whose largest magnitude is below this count as zero: 1/scale would overflow. */
+#define ETK_TINY 0x1p-119f
+
 /* Bytes of a page's codes are d_pad * 64 (K) and dv_pad * 64 (V) in every INT8 layout. Float pages: K [d_pad][64] f32,
  * V [64][dv_pad] f32, in every ISA. Pages are 64-byte aligned. Padding keys have code 0 (u8 layouts: 128). */
 
@@ -50,15 +53,16 @@ typedef struct etk_attn_kernel {
   int32_t needs_colsum;
   const uint8_t *p_order; /* [64]: byte b of a row of P belongs to key p_order[b]; NULL = identity */
 
-  /* Quantize one row: codes[d_pad] s8, returns the scale s = max|x|/127 (1 for an all-zero row); *start = q_start. NaN
-   * maps to 0, infinities to the largest finite value's code; *nonfinite is or-ed. */
+  /* Quantize one row: codes[d_pad] s8, returns the scale s. top = largest finite |x|; top < ETK_TINY: s = 1, codes 0; else
+   * s = top / 127, code = clamp(rint(x (1/s)), -127, 127). NaN maps to 0, infinities to +-top; *nonfinite is or-ed.
+   * *start = q_start. */
   float (*quant_q)(const float *x, int32_t d, int32_t d_pad, int8_t *codes, int32_t *start, int32_t *nonfinite);
   /* Quantize and lay out n <= 64 keys (rows of f32, stride in floats), less mu[d] (or NULL), one scale per page:
    * returned. Rows n..63 are padding. */
   float (*pack_k)(const float *x, int64_t stride, int32_t n, int32_t d, int32_t d_pad, const float *mu, void *page,
                   int32_t *nonfinite);
   /* The same for V with one scale per channel: sv[dv_pad] (padding channels 1), colsum[dv_pad] when not NULL. f16_scales:
-   * round the scales to f16 before quantizing with them. */
+   * round the scales to f16 (etk_scale_f16 of half.h) before quantizing with them. */
   void (*pack_v)(const float *x, int64_t stride, int32_t n, int32_t dv, int32_t dv_pad, const float *mu, void *page,
                  float *sv, int32_t *colsum, int32_t f16_scales, int32_t *nonfinite);
   /* Row-major s8 codes [64][d_pad] to and from the layout (INT4 pages, save and load, tests). */
