@@ -19,6 +19,10 @@
 #define ETK_ROW_ops(isa, name)
 #define ETK_UNDEF_ops
 #endif
+#ifndef ETK_ROW_kv
+#define ETK_ROW_kv(isa, name)
+#define ETK_UNDEF_kv
+#endif
 #define ETK_ANY(op, isa, name) ETK_ROW_##op(isa, name)
 #if defined(__x86_64__)
 #define ETK_X86(op, isa, name) ETK_ROW_##op(isa, name)
@@ -49,4 +53,8 @@
 #ifdef ETK_UNDEF_ops
 #undef ETK_ROW_ops
 #undef ETK_UNDEF_ops
+#endif
+#ifdef ETK_UNDEF_kv
+#undef ETK_ROW_kv
+#undef ETK_UNDEF_kv
 #endif
