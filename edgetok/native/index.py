@@ -118,6 +118,39 @@ class XattnDesc(ctypes.Structure):
     )
 
 
+class ClustersDesc(ctypes.Structure):
+    """``etk_clusters_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("q_clusters", ctypes.c_int32),
+        ("k_clusters", ctypes.c_int32),
+        ("iterations", ctypes.c_int32),
+        ("warm", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("p", ctypes.c_float),
+        ("min_ratio", ctypes.c_float),
+    )
+
+
+_CLUSTER_FIELDS = (
+    "q_labels",
+    "k_labels",
+    "q_perm",
+    "q_inverse",
+    "k_perm",
+    "k_inverse",
+    "q_block_ptr",
+    "k_block_ptr",
+)
+
+
+class ClusterArrays(ctypes.Structure):
+    """``etk_cluster_arrays``."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _CLUSTER_FIELDS)
+
+
 @dataclass(frozen=True)
 class Csr:
     """Arrays of one index as the library filled them; ``kind`` 0 full, 1 partial, ``bits_idx`` -1 = no bits."""
@@ -256,6 +289,33 @@ def xattn(q: np.ndarray, k: np.ndarray, threads: int, **values: Any) -> Csr:
     return from_scores("etk_bsr_from_xattn", "antidiagonal index", desc_of(XattnDesc, **values), q, k, threads)
 
 
+def clusters(
+    q: np.ndarray, k: np.ndarray, threads: int, labels: tuple[np.ndarray, np.ndarray] | None, **values: Any
+) -> tuple[Csr, dict[str, np.ndarray]]:
+    """``etk_bsr_from_clusters``; ``values`` are the fields of ``etk_clusters_desc``, ``labels`` a warm start."""
+    desc = desc_of(ClustersDesc, warm=labels is not None, **values)
+    lib = library()
+    lent = ctypes.c_void_p(pool(threads))
+    views = [ctypes.byref(tensor(q)), ctypes.byref(tensor(k))]
+    ws = workspace("etk_bsr_from_clusters", ctypes.byref(desc), *views, lent)
+    of_q, of_k = q.shape[:3], k.shape[:3]
+    sizes = (of_q, of_k, of_q, of_q, of_k, of_k)
+    found = {name: np.zeros(size, np.int32) for name, size in zip(_CLUSTER_FIELDS, sizes)}
+    found["q_block_ptr"] = np.zeros((of_q[0] * of_q[1], values["q_clusters"] + 1), np.int32)
+    found["k_block_ptr"] = np.zeros((of_q[0] * of_q[1], values["k_clusters"] + 1), np.int32)
+    if labels is not None:
+        found["q_labels"][...], found["k_labels"][...] = labels
+    to = ClusterArrays(**{name: array.ctypes.data for name, array in found.items()})
+
+    def run(a: Arrays, b: Bsr) -> int:
+        space = (ctypes.c_void_p(ws.ctypes.data), ctypes.c_uint64(len(ws)))
+        out = (ctypes.byref(to), ctypes.byref(a), ctypes.byref(b))
+        return int(lib.etk_bsr_from_clusters(ctypes.byref(desc), *views, *out, *space, lent))
+
+    rows = of_q[0] * of_q[1] * values["q_clusters"]
+    return build(run, "cluster index", (rows, rows * values["k_clusters"])), found
+
+
 def bsr(
     csr: Csr,
     nqb: int,
@@ -321,6 +381,7 @@ __all__ = [
     "bsr",
     "build",
     "check_bsr",
+    "clusters",
     "count_bsr",
     "mask",
     "radial",

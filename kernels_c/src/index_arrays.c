@@ -53,9 +53,9 @@ int etk_index_full(int64_t r, int64_t c, int64_t n, int64_t m, int causal) {
   return !causal || last_key <= r * ETK_BLOCK + (m - n);
 }
 
-etk_status etk_index_from_map(const uint8_t *map, int64_t patterns, int64_t n, int64_t m, int causal, etk_index_arrays *arrays,
-                              etk_bsr *out) {
-  const int64_t nqb = etk_ceil_div(n, ETK_BLOCK), nkb = etk_ceil_div(m, ETK_BLOCK), rows = patterns * nqb;
+etk_status etk_index_from_map(const uint8_t *map, int64_t patterns, int64_t nqb, int64_t nkb, int64_t n, int64_t m, int causal,
+                              etk_index_arrays *arrays, etk_bsr *out) {
+  const int64_t rows = patterns * nqb;
   int64_t nnz = 0;
   for (int64_t i = 0; i < rows * nkb; i++) nnz += map[i] != 0;
   int fill;

@@ -26,9 +26,9 @@ int64_t etk_index_visible(int64_t r, int64_t n, int64_t m, int causal);
 /* Whether the tile is visible throughout. */
 int etk_index_full(int64_t r, int64_t c, int64_t n, int64_t m, int causal);
 
-/* CSR of a map u8 [patterns][nqb][nkb], non-zero = kept; kinds by causality. */
-etk_status etk_index_from_map(const uint8_t *map, int64_t patterns, int64_t n, int64_t m, int causal, etk_index_arrays *arrays,
-                              etk_bsr *out);
+/* CSR of a map u8 [patterns][nqb][nkb], non-zero = kept; kinds by causality (of 64-blocks). */
+etk_status etk_index_from_map(const uint8_t *map, int64_t patterns, int64_t nqb, int64_t nkb, int64_t n, int64_t m, int causal,
+                              etk_index_arrays *arrays, etk_bsr *out);
 
 /* Q [B, Hq, N, d] and K [B, Hkv, M, d], checked: float32, dense last axis, sizes that cannot overflow below. */
 typedef struct etk_index_qk {
@@ -66,6 +66,24 @@ void *etk_carve_take(etk_carve *ws, uint64_t count, uint64_t size);
  * least count (or all of them). Weight 0 is never marked and never counted. keep[order ? order[j] : j] = 1. */
 void etk_index_select(const etk_index_kernel *kernel, const uint32_t *weight, int64_t n, uint64_t target, int64_t count,
                       const int32_t *order, uint8_t *keep);
+/* k-means of rows that are INT8 codes, all with one scale. Everything but labels is scratch of its own. */
+typedef struct etk_kmeans {
+  int64_t n, clusters;
+  int32_t dp;
+  const int8_t *codes; /* [n][dp] */
+  int32_t *label;      /* [n] in and out */
+  int32_t *count;      /* [clusters] out */
+  int16_t *centroid;   /* [clusters][dp] out: 8 x mean, rounded; 0 where empty */
+  int32_t *sum;        /* [clusters][dp] */
+  int8_t *nearest;     /* [clusters][dp] the centroids that rows are compared with */
+  int32_t *norm;       /* [clusters] */
+  void *packed;        /* etk_index_packed(clusters, dp) */
+  int32_t *dot;        /* [64][clusters rounded up to 16] */
+} etk_kmeans;
+void etk_kmeans_carve(etk_carve *ws, uint64_t clusters, uint64_t dp, etk_kmeans *out);
+/* Labels hold a start when warm, else seeds are tokens at equal distances. Stops early when no label changes. */
+void etk_kmeans_run(const etk_index_kernel *kernel, etk_kmeans *x, int32_t iterations, int warm);
+
 /* ceil(p * mass) in float64. */
 uint64_t etk_index_target(float p, uint64_t mass);
 

@@ -42,6 +42,10 @@ typedef struct etk_index_kernel {
   void (*weights)(const int32_t *dot, float a, const float *b, int64_t n, uint32_t *weight);
   /* Sum and number of the weights at or over t; weights are at most 2^24 + 1. */
   uint64_t (*mass_from)(const uint32_t *weight, int64_t n, uint32_t t, int64_t *count);
+  /* First j with the largest 2 dot[j] - norm[j]: the nearest of n > 0 centroids, norm = |centroid|^2. */
+  int64_t (*nearest)(const int32_t *dot, const int32_t *norm, int64_t n);
+  /* sum[label[i]][c] += codes[i][c] of n rows. */
+  void (*add_codes)(const int8_t *codes, const int32_t *label, int64_t n, int32_t dp, int32_t *sum);
 } etk_index_kernel;
 
 static inline uint64_t etk_index_packed(uint64_t cols, uint64_t depth) { return (cols + 15) / 16 * 16 * depth * 2; }

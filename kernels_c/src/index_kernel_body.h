@@ -180,6 +180,29 @@ static uint64_t mass_from(const uint32_t *restrict weight, int64_t n, uint32_t t
   return mass;
 }
 
+static int64_t nearest(const int32_t *restrict dot, const int32_t *restrict norm, int64_t n) {
+  int32_t best = INT32_MIN;
+  for (int64_t j = 0; j < n; j++) {
+    const int32_t s = 2 * dot[j] - norm[j];
+    best = s > best ? s : best;
+  }
+  int64_t start = 0; /* whole chunks are compared side by side; the first hit is inside the first chunk that has one */
+  for (; start + 64 < n; start += 64) {
+    int32_t hits = 0;
+    for (int64_t j = start; j < start + 64; j++) hits += 2 * dot[j] - norm[j] == best;
+    if (hits) break;
+  }
+  while (2 * dot[start] - norm[start] != best) start++;
+  return start;
+}
+
+static void add_codes(const int8_t *restrict codes, const int32_t *restrict label, int64_t n, int32_t dp, int32_t *restrict sum) {
+  for (int64_t i = 0; i < n; i++) {
+    int32_t *restrict to = sum + (int64_t)label[i] * dp;
+    for (int32_t c = 0; c < dp; c++) to[c] += codes[i * dp + c];
+  }
+}
+
 extern const etk_index_kernel INDEX_NAME;
 const etk_index_kernel INDEX_NAME = {
     .name = INDEX_TEXT,
@@ -193,4 +216,6 @@ const etk_index_kernel INDEX_NAME = {
     .dot_s8 = dot_s8,
     .weights = weights,
     .mass_from = mass_from,
+    .nearest = nearest,
+    .add_codes = add_codes,
 };

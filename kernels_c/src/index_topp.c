@@ -172,7 +172,7 @@ etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, con
   memset(j.note, 0, sizeof *j.note * (size_t)workers);
   st = etk_parallel(pool, workers, run_head, &j, j.x.batch * j.x.hkv);
   if (st == ETK_OK)
-    st = etk_index_from_map(j.map, j.x.batch * j.x.hq, j.x.n, j.x.m, j.desc.causal, arrays, out);
+    st = etk_index_from_map(j.map, j.x.batch * j.x.hq, j.x.nqb, j.x.nkb, j.x.n, j.x.m, j.desc.causal, arrays, out);
   if (st != ETK_OK || !arrays->row_ptr) return st;
   etk_index_heads(out, j.x.batch, j.x.hq);
   for (int32_t w = 0; w < workers; w++)

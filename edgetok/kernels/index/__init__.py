@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgetok.kernels.index.blocks import BlockIndex as BlockIndex
+    from edgetok.kernels.index.clusters import from_clusters as from_clusters
     from edgetok.kernels.index.mask import from_mask as from_mask
     from edgetok.kernels.index.quality import density_and_recall as density_and_recall
     from edgetok.kernels.index.radial import from_radial as from_radial
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "BlockIndex": "blocks",
     "density_and_recall": "quality",
+    "from_clusters": "clusters",
     "from_mask": "mask",
     "from_radial": "radial",
     "from_topp": "topp",
@@ -27,7 +29,16 @@ _LAZY = {
     "from_xattn": "xattn",
 }
 
-__all__ = ["BlockIndex", "density_and_recall", "from_mask", "from_radial", "from_topp", "from_window", "from_xattn"]
+__all__ = [
+    "BlockIndex",
+    "density_and_recall",
+    "from_clusters",
+    "from_mask",
+    "from_radial",
+    "from_topp",
+    "from_window",
+    "from_xattn",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -129,6 +129,35 @@ ETK_API ETK_MUST_USE etk_status etk_bsr_from_xattn(const etk_xattn_desc *desc, c
                                                    etk_index_arrays *arrays, etk_bsr *out, void *ws, uint64_t ws_bytes,
                                                    const etk_pool *pool);
 
+/* Sparse VideoGen2's rule. Tokens of each head are grouped by k-means (Euclid; Q and K apart) and laid side by side; blocks
+ * are clusters, of any size, also none. Codes of one head have one scale; centroids are compared as rounded INT8, ties go to
+ * the lower cluster; seeds are tokens (2 i + 1) N / (2 clusters), or the means of the labels given (warm). An empty cluster
+ * keeps its centroid. Query cluster i keeps the key clusters with the largest n_j exp(scale cq_i . ck_j), ties by lower
+ * index, until the weight reaches p, and at least the share min_ratio of those that are not empty, and one. Positions are
+ * permuted, so there is no causal form. Attention runs with q_perm, k_perm and the index's block boundaries. */
+typedef struct etk_clusters_desc {
+  uint32_t struct_size;
+  int32_t q_clusters, k_clusters; /* 1 .. 65536: nqb, nkb */
+  int32_t iterations;             /* 0 = 8; at most 1000 */
+  int32_t warm;                   /* 1: start from the labels in the arrays */
+  float scale;                    /* 0 = 1/sqrt(d) */
+  float p, min_ratio;             /* 0 .. 1 */
+} etk_clusters_desc;
+typedef struct etk_cluster_arrays { /* the caller's; out, labels also in when warm */
+  int32_t *q_labels;          /* [B][Hq][N] */
+  int32_t *k_labels;          /* [B][Hkv][M] */
+  int32_t *q_perm, *q_inverse;/* [B][Hq][N]: row r of the problem is token q_perm[r]; q_inverse[q_perm[r]] = r */
+  int32_t *k_perm, *k_inverse;/* [B][Hkv][M] */
+  int32_t *q_block_ptr;       /* [B][Hq][q_clusters + 1] */
+  int32_t *k_block_ptr;       /* [B][Hq][k_clusters + 1], those of the head's keys */
+} etk_cluster_arrays;
+/* N and M at most 2^24. A size query (arrays->row_ptr NULL) does all the work and writes only sizes. */
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_clusters_workspace(const etk_clusters_desc *desc, const etk_tensor *q,
+                                                                const etk_tensor *k, const etk_pool *pool, uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_clusters(const etk_clusters_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                      const etk_cluster_arrays *clusters, etk_index_arrays *arrays, etk_bsr *out,
+                                                      void *ws, uint64_t ws_bytes, const etk_pool *pool);
+
 #ifdef __cplusplus
 }
 #endif
