@@ -11,6 +11,7 @@ from gguf_files import gguf, info, string
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edgetok.converters.sources._decoder.packed import pack
 from edgetok.converters.sources._gguf.blocks import TYPES
 from edgetok.converters.sources._gguf.reader import Gguf
 from edgetok.errors import ArtifactError, UnsupportedError
@@ -90,6 +91,27 @@ def test_blocks_stand_for_the_numbers_of_the_definition(kind: int, tmp_path: Pat
     ]
     # float32 products of exact codes: the last bit may differ from the double-precision definition
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda k: TYPES[k].name)
+def test_codes_carried_over_stand_for_the_same_numbers(kind: int, tmp_path: Path) -> None:
+    t, rng = TYPES[kind], np.random.default_rng(kind)
+    blocks = [block(kind, rng) for _ in range(6)]
+    if t.name in ("Q4_1", "Q5_1"):  # a block of one value: scale zero
+        blocks[3] = bytes(2) + blocks[3][2:]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf({}, [("w", [2 * t.size, 3], kind, b"".join(blocks))]))
+    with Gguf(path) as file:
+        packed, expected = pack(t.name, file.blocks("w")), file.floats("w")
+    if packed is None:
+        assert t.name in ("F32", "F16", "BF16")
+        return
+    assert packed.bits == (4 if t.name in ("Q4_0", "Q4_1", "Q4_K") else 8)
+    assert packed.stored().shape == (3, 2 * t.size // packed.block, packed.block * packed.bits // 8)
+    # (code - zero) * scale against d * code + m: the zero point -m/d is rounded to float32, as is the product
+    np.testing.assert_allclose(packed.floats(), expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max())
+    order = np.array([2, 0, 1])
+    np.testing.assert_array_equal(packed.rows(order).floats(), packed.floats()[order])
 
 
 def test_metadata_comes_back(tmp_path: Path) -> None:

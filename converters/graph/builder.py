@@ -8,7 +8,7 @@ Axes: B batch, N tokens, D width, H heads, Dh head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -86,18 +86,27 @@ class GraphBuilder:
         return self.weight(name, ir.tensor(array, name=name))
 
     def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: object) -> ir.Value:
-        """Append a node and return its first output."""
+        """Append a node and return its first output. ``domain`` names an operator set other than the standard one."""
+        return self.ops(op_type, inputs, outputs, **attributes)[0]
+
+    def ops(
+        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, *, domain: str = "", **attributes: object
+    ) -> list[ir.Value]:
+        """Append a node and return all its outputs; those of another domain are taken to be float32."""
         node = ir.node(
             op_type,
             inputs,
             attributes={k: v for k, v in attributes.items() if v is not None},  # type: ignore[misc]
+            domain=domain,
             num_outputs=outputs,
             name=self._unique(op_type),
         )
         for i, out in enumerate(node.outputs):
             out.name = f"{node.name}_output_{i}"
+            if domain:
+                out.type = ir.TensorType(ir.DataType.FLOAT)
         self._nodes.append(node)
-        return node.outputs[0]
+        return list(node.outputs)
 
     # --- layers ---------------------------------------------------------------------------------------------
 
@@ -169,8 +178,13 @@ class GraphBuilder:
 
     # --- result ---------------------------------------------------------------------------------------------
 
-    def model(self, producer: str = "edgetok") -> ir.Model:
+    def model(
+        self, producer: str = "edgetok", *, opset: int = OPSET, domains: Mapping[str, int] | None = None
+    ) -> ir.Model:
         """The finished model, shapes inferred.
+
+        Args:
+            domains: versions of further operator sets that nodes come from.
 
         Raises:
             InternalError: the nodes do not form a valid graph.
@@ -181,7 +195,7 @@ class GraphBuilder:
             self._outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET},
+            opset_imports={"": opset, **(domains or {})},
             name=self._name,
         )
         model = ir.Model(graph, ir_version=10, producer_name=producer)

@@ -70,7 +70,7 @@ def _q8_0(b: Blocks) -> np.ndarray:
     return _half(b, 0) * b[:, 2:34].copy().view(np.int8).astype(np.float32)
 
 
-def _six_bits(b: Blocks, at: int) -> tuple[np.ndarray, np.ndarray]:
+def six_bits(b: Blocks, at: int) -> tuple[np.ndarray, np.ndarray]:
     """The eight 6-bit scales and minima of Q4_K and Q5_K, packed in 12 bytes; each float32 [n, 8].
 
     Bytes 0-3 and 4-7 hold the first four of each in their low six bits; the last four take their low nibbles from
@@ -84,7 +84,7 @@ def _six_bits(b: Blocks, at: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _k_blocks(b: Blocks, codes: np.ndarray) -> np.ndarray:
     """d * scale * code - dmin * minimum, codes [n, 8, 32]."""
-    scale, minimum = _six_bits(b, 4)
+    scale, minimum = six_bits(b, 4)
     value = (_half(b, 0) * scale)[:, :, None] * codes.astype(np.float32) - (_half(b, 2) * minimum)[:, :, None]
     return value.reshape(len(b), 256)
 

@@ -1,0 +1,1 @@
+"""Decoder graphs: one writer for every source of weights."""
