@@ -99,7 +99,7 @@ static int cap_mask(uint32_t *mask) {
 
 etk_status etk_get_caps(etk_caps *caps) {
   if (!caps) return ETK_E_NULL;
-  if (caps->struct_size < sizeof(uint32_t)) return ETK_E_STRUCT;
+  if (caps->struct_size < sizeof(uint32_t) || caps->struct_size > 4096) return ETK_E_STRUCT;
   if (caps->struct_size > sizeof *caps) {
     const unsigned char *bytes = (const unsigned char *)caps;
     for (uint32_t i = sizeof *caps; i < caps->struct_size; i++)

@@ -7,7 +7,7 @@ etk_status etk_index_desc(const void *src, void *dst, uint32_t size) {
   if (!src) return ETK_E_NULL;
   uint32_t given;
   memcpy(&given, src, sizeof given);
-  if (given < sizeof given) return ETK_E_STRUCT;
+  if (given < sizeof given || given > 4096) return ETK_E_STRUCT;
   for (uint32_t i = size; i < given; i++)
     if (((const unsigned char *)src)[i]) return ETK_E_STRUCT;
   memset(dst, 0, size);

@@ -26,6 +26,17 @@ static etk_status read_tensor(const etk_tensor *t, int64_t stride[3]) {
   return ETK_OK;
 }
 
+/* An empty tensor may have no data; steps within it are then steps of nothing, never arithmetic on a null pointer. */
+static const float *rows_of(const etk_tensor *t, int64_t stride[3]) {
+  static const float k_none[1];
+  for (int i = 0; i < 4; i++) {
+    if (t->dim[i] > 0) continue;
+    stride[0] = stride[1] = stride[2] = 0;
+    return k_none;
+  }
+  return t->data;
+}
+
 etk_status etk_index_qk_read(const etk_tensor *q, const etk_tensor *k, etk_index_qk *out) {
   if (!q || !k) return ETK_E_NULL;
   etk_status st = read_tensor(q, out->stride_q);
@@ -33,8 +44,8 @@ etk_status etk_index_qk_read(const etk_tensor *q, const etk_tensor *k, etk_index
   if (st != ETK_OK) return st;
   if (q->dim[0] != k->dim[0] || q->dim[3] != k->dim[3] || q->dim[3] < 1 || q->dim[3] > ETK_INDEX_MAX_D) return ETK_E_SHAPE;
   if (k->dim[1] < 1 || q->dim[1] % k->dim[1] != 0) return ETK_E_SHAPE;
-  out->q = q->data;
-  out->k = k->data;
+  out->q = rows_of(q, out->stride_q);
+  out->k = rows_of(k, out->stride_k);
   out->batch = q->dim[0];
   out->hq = q->dim[1];
   out->hkv = k->dim[1];

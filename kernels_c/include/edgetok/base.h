@@ -3,7 +3,7 @@
  * Rules that hold everywhere. A status below zero means that no output was written (ETK_E_CANCELLED excepted: outputs
  * are then unspecified); zero and above mean complete. Only functions named *_plan, *_create and *_free touch the heap.
  * Nothing prints or exits. Strides are in bytes. A struct with struct_size is versioned by it: shorter means that the
- * missing fields are zero, longer is accepted only when everything past the known fields is zero, else ETK_E_STRUCT.
+ * missing fields are zero, longer (up to 4096) only goes when all past the known fields is zero, else ETK_E_STRUCT.
  * A zero-filled field always means "off" or "default". */
 #ifndef EDGETOK_BASE_H
 #define EDGETOK_BASE_H
