@@ -133,6 +133,29 @@ class ClustersDesc(ctypes.Structure):
     )
 
 
+class ParoDesc(ctypes.Structure):
+    """``etk_paro_desc``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("frames", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("text", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("density", ctypes.c_float),
+        ("mass", ctypes.c_float),
+    )
+
+
+class ParoArrays(ctypes.Structure):
+    """``etk_paro_arrays``."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("order", "quant", "sparse", "perm", "inverse"))
+
+
 _CLUSTER_FIELDS = (
     "q_labels",
     "k_labels",
@@ -316,6 +339,32 @@ def clusters(
     return build(run, "cluster index", (rows, rows * values["k_clusters"])), found
 
 
+def paro(q: np.ndarray, k: np.ndarray, threads: int, **values: Any) -> tuple[Csr, dict[str, np.ndarray]]:
+    """``etk_bsr_from_paro``; ``values`` are the fields of ``etk_paro_desc``."""
+    lib = library()
+    desc = desc_of(ParoDesc, **values)
+    lent = ctypes.c_void_p(pool(threads))
+    views = [ctypes.byref(tensor(q)), ctypes.byref(tensor(k))]
+    ws = workspace("etk_bsr_from_paro", ctypes.byref(desc), *views, lent)
+    heads, n = q.shape[1], q.shape[2]
+    found: dict[str, np.ndarray] = {
+        "order": np.zeros(heads, np.int32),
+        "quant": np.zeros((heads, 6), np.float64),
+        "sparse": np.zeros((heads, 6), np.float64),
+        "perm": np.zeros((heads, n), np.int32),
+        "inverse": np.zeros((heads, n), np.int32),
+    }
+    to = ParoArrays(**{name: array.ctypes.data for name, array in found.items()})
+
+    def run(a: Arrays, b: Bsr) -> int:
+        space = (ctypes.c_void_p(ws.ctypes.data), ctypes.c_uint64(len(ws)))
+        out = (ctypes.byref(to), ctypes.byref(a), ctypes.byref(b))
+        return int(lib.etk_bsr_from_paro(ctypes.byref(desc), *views, *out, *space, lent))
+
+    rows, entries = worst_case(q[:1], k[:1])
+    return build(run, "axis-order index", (rows, entries)), found
+
+
 def bsr(
     csr: Csr,
     nqb: int,
@@ -384,6 +433,7 @@ __all__ = [
     "clusters",
     "count_bsr",
     "mask",
+    "paro",
     "radial",
     "topp",
     "window",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgetok.kernels.index.blocks import BlockIndex as BlockIndex
     from edgetok.kernels.index.clusters import from_clusters as from_clusters
     from edgetok.kernels.index.mask import from_mask as from_mask
+    from edgetok.kernels.index.paro import from_paro as from_paro
     from edgetok.kernels.index.quality import density_and_recall as density_and_recall
     from edgetok.kernels.index.radial import from_radial as from_radial
     from edgetok.kernels.index.topp import from_topp as from_topp
@@ -23,6 +24,7 @@ _LAZY = {
     "density_and_recall": "quality",
     "from_clusters": "clusters",
     "from_mask": "mask",
+    "from_paro": "paro",
     "from_radial": "radial",
     "from_topp": "topp",
     "from_window": "window",
@@ -34,6 +36,7 @@ __all__ = [
     "density_and_recall",
     "from_clusters",
     "from_mask",
+    "from_paro",
     "from_radial",
     "from_topp",
     "from_window",

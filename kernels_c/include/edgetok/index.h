@@ -158,6 +158,39 @@ ETK_API ETK_MUST_USE etk_status etk_bsr_from_clusters(const etk_clusters_desc *d
                                                       const etk_cluster_arrays *clusters, etk_index_arrays *arrays, etk_bsr *out,
                                                       void *ws, uint64_t ws_bytes, const etk_pool *pool);
 
+/* PAROAttention's rule: for each head one of the six orders of (frame, height, width) in which attention falls into blocks,
+ * and a static mask in that order. Tokens: text, then frames x height x width with width fastest. Orders, outermost axis
+ * first: 0 FHW (the tensor's own), 1 FWH, 2 HFW, 3 HWF, 4 WFH, 5 WHF; text tokens stay in front. Of the attention maps of
+ * all batch entries (calibration samples), in blocks of 64 x 64 of the permuted tokens:
+ *   quant  = mean over blocks of max / mean;  sparse = share of blocks whose mean is under eps
+ * both divided by their sum over the six orders (sparse all 0: 1/6 each); chosen is the least
+ * alpha quant + (1 - alpha)(1 - sparse), ties to the lower number. Mask: in each block row text columns and a partial last
+ * column are kept, then the largest blocks until mass x the row's and density x the columns are reached (0 = no such
+ * goal; one must be set), at least one; rows with text and a partial last row are kept wholly. */
+typedef struct etk_paro_desc {
+  uint32_t struct_size;
+  int64_t frames, height, width, text; /* text + frames x height x width = N = M <= 2^24 */
+  float scale;         /* 0 = 1/sqrt(d) */
+  float alpha;         /* 0 .. 1 */
+  float eps;           /* of a probability; 0 = 0.1 / N */
+  float density, mass; /* 0 .. 1 */
+} etk_paro_desc;
+typedef struct etk_paro_arrays { /* the caller's, out */
+  int32_t *order;         /* [H] */
+  double *quant, *sparse; /* [H][6], before dividing; may be NULL */
+  int32_t *perm, *inverse;/* [H][N]: row r of the problem is token perm[r], for Q, K and V alike */
+} etk_paro_arrays;
+/* Hq must be Hkv (else ETK_E_UNSUPPORTED: heads that share keys would need one order). Costs a dense map per head and
+ * sample: for calibration. Rows of the index: [H][nqb], shared by the batch. */
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_paro_workspace(const etk_paro_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                            const etk_pool *pool, uint64_t *bytes);
+ETK_API ETK_MUST_USE etk_status etk_bsr_from_paro(const etk_paro_desc *desc, const etk_tensor *q, const etk_tensor *k,
+                                                  const etk_paro_arrays *paro, etk_index_arrays *arrays, etk_bsr *out, void *ws,
+                                                  uint64_t ws_bytes, const etk_pool *pool);
+/* The permutation of one order (0..5): perm [N], inverse [N] or NULL. ETK_E_NULL, ETK_E_SHAPE, ETK_E_RANGE. */
+ETK_API ETK_MUST_USE etk_status etk_paro_permutation(int32_t order, int64_t frames, int64_t height, int64_t width, int64_t text,
+                                                     int32_t *perm, int32_t *inverse);
+
 #ifdef __cplusplus
 }
 #endif
