@@ -6,11 +6,25 @@ from typing import Any
 
 _LAZY = {
     "BlockIndex": "index.blocks",
+    "add": "ops",
+    "add_norm_quantize": "ops",
+    "argmax": "ops",
     "cmake_dir": "c_files",
     "density_and_recall": "index.quality",
+    "gather_rows": "ops",
+    "gelu": "ops",
     "include_dir": "c_files",
+    "layernorm": "ops",
     "library_dir": "c_files",
     "pkgconfig_dir": "c_files",
+    "rmsnorm": "ops",
+    "rope": "ops",
+    "rope_tables": "ops",
+    "scatter_rows": "ops",
+    "silu": "ops",
+    "softmax": "ops",
+    "swiglu": "ops",
+    "topk": "ops",
 }
 
 __all__ = sorted(_LAZY)

@@ -107,7 +107,7 @@ static void k_norm(etk_rows *a) {
     }
     for (; i < cols; i += 16) {
       const int64_t n = cols - i < 16 ? cols - i : 16;
-      const vf u = n == 16 ? norm_yv(&r, i, mean, rstd) : norm_yn(&r, i, n, mean, rstd);
+      const vf u = n == 16 ? norm_yv(&r, i, mean, rstd) : f_low(norm_yn(&r, i, n, mean, rstd), n);
       if (y && n == 16) f_store(y + i, u);
       else if (y) f_storen(y + i, u, n);
       odd = m_or(odd, m_or(m_nan(u), m_ge(v_abs(u), f_set(INFINITY))));

@@ -7,7 +7,7 @@
 /* big: the side that is indexed. */
 static etk_status check_rows(const etk_tensor *big, const etk_tensor *idx, const etk_tensor *small) {
   const int32_t r = big->rank;
-  etk_status bad = ops_check(idx, ETK_IS_INDEX, r - 1, r - 1);
+  etk_status bad = etk_ops_check(idx, ETK_IS_INDEX, r - 1, r - 1);
   if (bad) return bad;
   if (small->rank != r || small->dtype != big->dtype) return small->rank != r ? ETK_E_SHAPE : ETK_E_DTYPE;
   if (small->dim[r - 1] != big->dim[r - 1] || small->dim[r - 2] != idx->dim[r - 2]) return ETK_E_SHAPE;
@@ -15,7 +15,7 @@ static etk_status check_rows(const etk_tensor *big, const etk_tensor *idx, const
   for (int64_t b = 0; b < (r == 3 ? idx->dim[0] : 1); b++)
     for (int64_t m = 0; m < idx->dim[r - 2]; m++) {
       const char *p = (const char *)idx->data + (r == 3 ? b * idx->stride[0] : 0) + m * idx->stride[r - 2];
-      const int64_t at = ops_index_at(idx, p);
+      const int64_t at = etk_ops_index_at(idx, p);
       if (at < 0 || at >= big->dim[r - 2]) return ETK_E_RANGE;
     }
   return ETK_OK;
@@ -28,7 +28,7 @@ static void move(const etk_tensor *from, const etk_tensor *idx, const etk_tensor
   for (int64_t b = 0; b < (r == 3 ? from->dim[0] : 1); b++)
     for (int64_t m = 0; m < idx->dim[r - 2]; m++) {
       const char *p = (const char *)idx->data + (r == 3 ? b * idx->stride[0] : 0) + m * idx->stride[r - 2];
-      const int64_t at = ops_index_at(idx, p);
+      const int64_t at = etk_ops_index_at(idx, p);
       const int64_t src = gather ? at : m, dst = gather ? m : at;
       memcpy((char *)to->data + (r == 3 ? b * to->stride[0] : 0) + dst * to->stride[r - 2],
              (const char *)from->data + (r == 3 ? b * from->stride[0] : 0) + src * from->stride[r - 2], bytes);
@@ -36,11 +36,11 @@ static void move(const etk_tensor *from, const etk_tensor *idx, const etk_tensor
 }
 
 static etk_status both(const etk_tensor *x, const etk_tensor *idx, etk_tensor *y, int gather) {
-  etk_status bad = ops_check(x, ETK_IS_BYTES, 2, 3);
-  if (bad || (bad = ops_check(y, ETK_IS_BYTES | ETK_IS_OUTPUT, 2, 3))) return bad;
+  etk_status bad = etk_ops_check(x, ETK_IS_BYTES, 2, 3);
+  if (bad || (bad = etk_ops_check(y, ETK_IS_BYTES | ETK_IS_OUTPUT, 2, 3))) return bad;
   if ((bad = gather ? check_rows(x, idx, y) : check_rows(y, idx, x))) return bad;
   const etk_tensor *const in[2] = {x, idx};
-  if ((bad = ops_apart(y, in, 2, 0))) return bad;
+  if ((bad = etk_ops_apart(y, in, 2, 0))) return bad;
   move(x, idx, y, gather);
   return ETK_OK;
 }

@@ -3,36 +3,36 @@
 
 #include <string.h>
 
-etk_status ops_check(const etk_tensor *t, int32_t is, int32_t min_rank, int32_t max_rank) {
+etk_status etk_ops_check(const etk_tensor *t, int32_t is, int32_t min_rank, int32_t max_rank) {
   if (!t) return ETK_E_NULL;
   if (t->rank < min_rank || t->rank > max_rank) return ETK_E_SHAPE;
   const uint32_t types = (uint32_t)is & (ETK_IS_OUTPUT - 1u);
   return is & ETK_IS_OUTPUT ? etk_tensor_out(t, t->rank, types) : etk_tensor_in(t, t->rank, types);
 }
 
-int ops_same_dims(const etk_tensor *a, const etk_tensor *b, int32_t drop) {
+int etk_ops_same_dims(const etk_tensor *a, const etk_tensor *b, int32_t drop) {
   if (a->rank - drop != b->rank) return 0;
   for (int32_t i = 0; i < b->rank; i++)
     if (a->dim[i] != b->dim[i]) return 0;
   return 1;
 }
 
-int ops_overlap(const etk_tensor *a, const etk_tensor *b) {
+int etk_ops_overlap(const etk_tensor *a, const etk_tensor *b) {
   if (!etk_tensor_overlap(a, b)) return 0;
-  if (a->data != b->data || a->dtype != b->dtype || !ops_same_dims(a, b, 0)) return 2;
+  if (a->data != b->data || a->dtype != b->dtype || !etk_ops_same_dims(a, b, 0)) return 2;
   for (int32_t i = 0; i < a->rank; i++)
     if (a->dim[i] > 1 && a->stride[i] != b->stride[i]) return 2;
   return 1;
 }
 
-etk_status ops_apart(const etk_tensor *out, const etk_tensor *const *in, int32_t n, int in_place) {
-  if (etk_absent(out)) return ETK_OK;
+etk_status etk_ops_apart(const etk_tensor *out, const etk_tensor *const *in, int32_t n, int in_place) {
+  if (ops_absent(out)) return ETK_OK;
   for (int32_t i = 0; i < n; i++)
-    if (!etk_absent(in[i]) && ops_overlap(out, in[i]) > (in_place ? 1 : 0)) return ETK_E_ALIAS;
+    if (!ops_absent(in[i]) && etk_ops_overlap(out, in[i]) > (in_place ? 1 : 0)) return ETK_E_ALIAS;
   return ETK_OK;
 }
 
-int64_t ops_index_at(const etk_tensor *idx, const char *p) {
+int64_t etk_ops_index_at(const etk_tensor *idx, const char *p) {
   int32_t a;
   int64_t b;
   if (idx->dtype == ETK_I32) {
@@ -49,7 +49,7 @@ static int64_t lead_step(const etk_tensor *t, int32_t row_axes, int32_t axes, in
   return at < 0 || t->dim[at] <= 1 ? 0 : t->stride[at];
 }
 
-void ops_walk_rows(const ops_walk *w, const etk_tensor *lead, etk_rows *a, etk_rows_fn fn) {
+void etk_ops_walk_rows(const etk_ops_walk *w, const etk_tensor *lead, etk_rows *a, etk_rows_fn fn) {
   int64_t dim[5] = {1, 1, 1, 1, 1}, step[ETK_SLOTS][5] = {{0}}, at[5] = {0};
   int32_t n = 0;
   const int32_t axes = lead->rank - 1;

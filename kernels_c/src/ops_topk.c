@@ -47,11 +47,11 @@ static int empty(const etk_tensor *x) {
 }
 
 etk_status etk_argmax(const etk_tensor *x, etk_tensor *idx) {
-  etk_status bad = ops_check(x, ETK_IS_F32, 1, 5);
-  if (bad || (bad = ops_check(idx, ETK_IS_INDEX | ETK_IS_OUTPUT, x->rank - 1, x->rank - 1))) return bad;
+  etk_status bad = etk_ops_check(x, ETK_IS_F32, 1, 5);
+  if (bad || (bad = etk_ops_check(idx, ETK_IS_INDEX | ETK_IS_OUTPUT, x->rank - 1, x->rank - 1))) return bad;
   const int64_t cols = x->dim[x->rank - 1];
-  if (!ops_same_dims(x, idx, 1) || cols < 1 || (cols > INT32_MAX && idx->dtype == ETK_I32)) return ETK_E_SHAPE;
-  if ((bad = ops_apart(idx, &x, 1, 0))) return bad;
+  if (!etk_ops_same_dims(x, idx, 1) || cols < 1 || (cols > INT32_MAX && idx->dtype == ETK_I32)) return ETK_E_SHAPE;
+  if ((bad = etk_ops_apart(idx, &x, 1, 0))) return bad;
   const etk_ops_kernel *k = etk_ops_kernel_pick();
   if (!k) return ETK_E_ISA;
   int64_t at[4] = {0};
@@ -103,18 +103,18 @@ static void row_topk(const etk_ops_kernel *kern, const float *x, int64_t cols, i
 }
 
 etk_status etk_topk(const etk_tensor *x, int64_t k, etk_tensor *values, etk_tensor *idx, void *ws, uint64_t ws_bytes) {
-  etk_status bad = ops_check(x, ETK_IS_F32, 1, 5);
-  if (bad || (bad = ops_check(idx, ETK_IS_INDEX | ETK_IS_OUTPUT, x->rank, x->rank))) return bad;
+  etk_status bad = etk_ops_check(x, ETK_IS_F32, 1, 5);
+  if (bad || (bad = etk_ops_check(idx, ETK_IS_INDEX | ETK_IS_OUTPUT, x->rank, x->rank))) return bad;
   const int32_t axes = x->rank - 1;
   const int64_t cols = x->dim[axes];
   const int has = !ops_absent(values);
-  if (has && (bad = ops_check(values, ETK_IS_F32 | ETK_IS_OUTPUT, x->rank, x->rank))) return bad;
-  if (cols > INT32_MAX || idx->dim[axes] != k || (has && !ops_same_dims(idx, values, 0))) return ETK_E_SHAPE;
+  if (has && (bad = etk_ops_check(values, ETK_IS_F32 | ETK_IS_OUTPUT, x->rank, x->rank))) return bad;
+  if (cols > INT32_MAX || idx->dim[axes] != k || (has && !etk_ops_same_dims(idx, values, 0))) return ETK_E_SHAPE;
   for (int32_t i = 0; i < axes; i++)
     if (idx->dim[i] != x->dim[i]) return ETK_E_SHAPE;
   if (k < 1 || k > cols) return ETK_E_RANGE;
   const etk_tensor *const others[2] = {x, values};
-  if ((bad = ops_apart(idx, others, 2, 0)) || (bad = ops_apart(values, &x, 1, 0))) return bad;
+  if ((bad = etk_ops_apart(idx, others, 2, 0)) || (bad = etk_ops_apart(values, &x, 1, 0))) return bad;
   if (!ws || (uintptr_t)ws % 8 || ws_bytes < etk_topk_workspace(cols, k)) return ETK_E_WORKSPACE;
   const etk_ops_kernel *kern = etk_ops_kernel_pick();
   if (!kern) return ETK_E_ISA;

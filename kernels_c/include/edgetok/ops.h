@@ -8,7 +8,7 @@
  * not depend on its neighbours.
  *
  * Each function returns ETK_OK or a note (>= 0), or ETK_E_NULL, ETK_E_SHAPE, ETK_E_STRIDE, ETK_E_DTYPE, ETK_E_ALIGN (an address
- * or stride that is no multiple of the element), ETK_E_RANGE, ETK_E_OVERFLOW, ETK_E_ALIAS, ETK_E_WORKSPACE, or ETK_E_ISA (the
+ * that is no multiple of the element), ETK_E_RANGE, ETK_E_OVERFLOW, ETK_E_ALIAS, ETK_E_WORKSPACE, or ETK_E_ISA (the
  * variable EDGETOK_MAX_ISA names none), in which case no output was written. */
 #ifndef EDGETOK_OPS_H
 #define EDGETOK_OPS_H
@@ -35,7 +35,7 @@ ETK_API ETK_MUST_USE etk_status etk_rmsnorm(const etk_tensor *x, const etk_tenso
                                             etk_tensor *y, etk_tensor *sum, etk_tensor *q, etk_tensor *q_scale);
 
 /* y = softmax over the last axis of scale x + mask. mask (optional): f32 added, or bool (or u8) where 0 hides an entry; its
- * dims align with those of x at the end and equal them or are 1. A row with nothing to see gives 0; NaN or +inf gives NaN.
+ * dims align with those of x at the end and equal them or, but for the last, are 1. A row with nothing to see gives 0; NaN or +inf gives NaN.
  * exp below -86.5 is 0. In place. */
 ETK_API ETK_MUST_USE etk_status etk_softmax(const etk_tensor *x, const etk_tensor *mask, float scale, etk_tensor *y);
 
