@@ -18,8 +18,8 @@ static inline float float_of(int32_t b) {
   return x;
 }
 
-static inline int32_t is_finite(float x) { return (bits_of(x) & 0x7fffffff) < 0x7f800000; }
-static inline float finite(float x) { return is_finite(x) ? x : 0.0f; }
+static inline int32_t is_finite_bits(float x) { return (bits_of(x) & 0x7fffffff) < 0x7f800000; }
+static inline float finite_or_0(float x) { return is_finite_bits(x) ? x : 0.0f; }
 /* Nearest even for |x| < 2^22, in any instruction set. */
 static inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
@@ -29,8 +29,8 @@ static void sum_rows(const float *restrict x, int64_t stride, int32_t n, int32_t
   for (int32_t i = 0; i < n; i++) {
     const float *restrict row = x + i * stride;
     for (int32_t c = 0; c < d; c++) {
-      bad |= !is_finite(row[c]);
-      sum[c] += finite(row[c]);
+      bad |= !is_finite_bits(row[c]);
+      sum[c] += finite_or_0(row[c]);
     }
   }
   *nonfinite |= bad;
@@ -42,12 +42,12 @@ static float max_abs(const float *restrict x, int64_t stride, int32_t n, int32_t
     const float *restrict row = x + i * stride;
     if (mu) {
       for (int32_t c = 0; c < d; c++) {
-        const int32_t a = bits_of(finite(finite(row[c]) - mu[c])) & 0x7fffffff;
+        const int32_t a = bits_of(finite_or_0(finite_or_0(row[c]) - mu[c])) & 0x7fffffff;
         top = a > top ? a : top;
       }
     } else {
       for (int32_t c = 0; c < d; c++) {
-        const int32_t a = bits_of(finite(row[c])) & 0x7fffffff;
+        const int32_t a = bits_of(finite_or_0(row[c])) & 0x7fffffff;
         top = a > top ? a : top;
       }
     }
@@ -64,13 +64,13 @@ static void quantize(const float *restrict x, int64_t stride, int32_t n, int32_t
     int8_t *restrict out = codes + (int64_t)to * dp;
     if (mu) {
       for (int32_t c = 0; c < d; c++) {
-        bad |= !is_finite(row[c]);
-        out[c] = (int8_t)(int32_t)round_even(finite(finite(row[c]) - mu[c]) * inverse);
+        bad |= !is_finite_bits(row[c]);
+        out[c] = (int8_t)(int32_t)round_even(finite_or_0(finite_or_0(row[c]) - mu[c]) * inverse);
       }
     } else {
       for (int32_t c = 0; c < d; c++) {
-        bad |= !is_finite(row[c]);
-        out[c] = (int8_t)(int32_t)round_even(finite(row[c]) * inverse);
+        bad |= !is_finite_bits(row[c]);
+        out[c] = (int8_t)(int32_t)round_even(finite_or_0(row[c]) * inverse);
       }
     }
     for (int32_t c = d; c < dp; c++) out[c] = 0;
