@@ -126,7 +126,7 @@ def add(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
     """``a + b`` of one shape. In place."""
     x, y = numpy_from(a, "a"), numpy_from(b, "b")
     z = _like(x, out)
-    native_ops.call("add", x, y, z)
+    native_ops.call("add_rows", x, y, z)
     return z
 
 

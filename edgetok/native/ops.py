@@ -24,7 +24,7 @@ SIGNATURES: dict[str, list[type]] = {
     "etk_gelu": [_T, _I32, _T],
     "etk_silu": [_T, _T],
     "etk_swiglu": [_T, _T, _T],
-    "etk_add": [_T, _T, _T],
+    "etk_add_rows": [_T, _T, _T],
     "etk_rope_tables": [_T, _F64, _I64, _F32, _T, _T],
     "etk_rope": [_T, _T, _T, _T, _I64, _I32, _T],
     "etk_argmax": [_T, _T],

@@ -1,6 +1,7 @@
 /* Sixteen floats as four vectors of four, in the compiler's own vector types: SSE2, NEON, or whatever the baseline has. */
 typedef float f4 __attribute__((vector_size(16)));
 typedef int32_t i4 __attribute__((vector_size(16)));
+typedef uint32_t u4 __attribute__((vector_size(16))); /* integers wrap */
 typedef struct { f4 a, b, c, d; } vf;
 typedef struct { i4 a, b, c, d; } vi;
 typedef vi vm; /* all ones or all zeros per lane */
@@ -32,11 +33,20 @@ static inline vf f_div(vf x, vf y) { EACH2(vf, x, y, /); }
 static inline vi i_of(vf x) { vi r = {(i4)x.a, (i4)x.b, (i4)x.c, (i4)x.d}; return r; }
 static inline vf f_of(vi x) { vf r = {(f4)x.a, (f4)x.b, (f4)x.c, (f4)x.d}; return r; }
 static inline vi i_set(int32_t x) { const i4 v = {x, x, x, x}; vi r = {v, v, v, v}; return r; }
-static inline vi i_add(vi x, vi y) { EACH2(vi, x, y, +); }
-static inline vi i_sub(vi x, vi y) { EACH2(vi, x, y, -); }
+static inline vi i_add(vi x, vi y) {
+  vi r = {(i4)((u4)x.a + (u4)y.a), (i4)((u4)x.b + (u4)y.b), (i4)((u4)x.c + (u4)y.c), (i4)((u4)x.d + (u4)y.d)};
+  return r;
+}
+static inline vi i_sub(vi x, vi y) {
+  vi r = {(i4)((u4)x.a - (u4)y.a), (i4)((u4)x.b - (u4)y.b), (i4)((u4)x.c - (u4)y.c), (i4)((u4)x.d - (u4)y.d)};
+  return r;
+}
 static inline vi i_and(vi x, vi y) { EACH2(vi, x, y, &); }
 static inline vi i_xor(vi x, vi y) { EACH2(vi, x, y, ^); }
-static inline vi i_shl23(vi x) { vi r = {x.a << 23, x.b << 23, x.c << 23, x.d << 23}; return r; }
+static inline vi i_shl23(vi x) {
+  vi r = {(i4)((u4)x.a << 23), (i4)((u4)x.b << 23), (i4)((u4)x.c << 23), (i4)((u4)x.d << 23)};
+  return r;
+}
 static inline vi i_load(const int32_t *p) { vi r; memcpy(&r, p, 64); return r; }
 static inline void i_store(int32_t *p, vi v) { memcpy(p, &v, 64); }
 static inline vf f_from_i(vi x) {

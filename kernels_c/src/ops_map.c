@@ -41,7 +41,7 @@ etk_status etk_swiglu(const etk_tensor *gate, const etk_tensor *up, etk_tensor *
   return k ? map(in, 2, y, &a, k->swiglu) : ETK_E_ISA;
 }
 
-etk_status etk_add(const etk_tensor *a, const etk_tensor *b, etk_tensor *y) {
+etk_status etk_add_rows(const etk_tensor *a, const etk_tensor *b, etk_tensor *y) {
   const etk_ops_kernel *k = etk_ops_kernel_pick();
   const etk_tensor *const in[2] = {a, b};
   etk_rows rows = {0};

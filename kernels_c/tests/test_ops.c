@@ -224,7 +224,7 @@ static void test_bad_input_is_refused(void) {
   three = tx, three.dim[0] = 3;
   EXPECT(etk_silu(&t, &three) == ETK_E_ALIAS);
   t = ty, t.stride[0] = 0;
-  EXPECT(etk_add(&tx, &tx, &t) == ETK_E_STRIDE);
+  EXPECT(etk_add_rows(&tx, &tx, &t) == ETK_E_STRIDE);
   EXPECT(etk_swiglu(&tx, &ts, &ty) == ETK_E_SHAPE);
   EXPECT(etk_softmax(&tx, &ts, 1.0f, &ty) == ETK_E_SHAPE);
   uint64_t ws[8];

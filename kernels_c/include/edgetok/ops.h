@@ -47,7 +47,7 @@ ETK_API ETK_MUST_USE etk_status etk_silu(const etk_tensor *x, etk_tensor *y);
 /* y = gate / (1 + exp(-gate)) * up. y may be either. */
 ETK_API ETK_MUST_USE etk_status etk_swiglu(const etk_tensor *gate, const etk_tensor *up, etk_tensor *y);
 /* y = a + b, of the same dims. y may be either. */
-ETK_API ETK_MUST_USE etk_status etk_add(const etk_tensor *a, const etk_tensor *b, etk_tensor *y);
+ETK_API ETK_MUST_USE etk_status etk_add_rows(const etk_tensor *a, const etk_tensor *b, etk_tensor *y);
 
 /* Tables for etk_rope: cos and sin [P, rot / 2] of amplitude * cos((first + p) * f[i]), with f = inv_freq [rot / 2] (optional),
  * else base^(-2i / rot). Angles in double. base > 0. */
@@ -76,6 +76,53 @@ ETK_API ETK_MUST_USE etk_status etk_topk(const etk_tensor *x, int64_t k, etk_ten
 ETK_API ETK_MUST_USE etk_status etk_gather_rows(const etk_tensor *x, const etk_tensor *idx, etk_tensor *y);
 /* y[b, idx[b, m], :] = x[b, m, :]; other rows stay. Of equal indices the last wins. */
 ETK_API ETK_MUST_USE etk_status etk_scatter_rows(const etk_tensor *x, const etk_tensor *idx, etk_tensor *y);
+
+/* Token merging: which rows go where, then the size-weighted mean.
+ *
+ * metric [B, N, c], or [B, H, N, c], whose mean over H is taken (the keys of an attention); rows are divided by their length
+ * (at least 1e-6). size (optional): f32 [B, N]; rows of size <= 1e-6 are padding and merge among themselves first. The
+ * first `keep` rows never move. sim = cosine, in float or (int8 = 1) from INT8 codes of the unit rows.
+ *
+ *   TOME           A = even rows, B = odd rows: every A row links to its most similar B row, the r strongest links merge.
+ *                  Output rows: kept ones, unlinked A (rising when keep > 0, else by falling link), B.
+ *   PITOME         rows ordered by falling energy = mean over all j of ELU_alpha(sim - margin); of the first 2r, odd places merge
+ *                  into even ones (places 0, 2, .. go to the most similar of 1, 3, ..). Output: kept, the rest in order, B.
+ *   PITOME_HYBRID  A = places 0, 2, .. of the whole order, B = 1, 3, ..; the r strongest links, as TOME.
+ *   PITOME_TEXT    energy = mean exp(-((1 - sim) / s)^2 / 2) / (s sqrt(2 pi)), s = max(1 - margin, 1e-3); the first r of the order
+ *                  merge into the next r.
+ * Ties go to the lower index everywhere; NaN similarities never link while others are left.
+ * r: 0 .. (N - keep) / 2, for TOME also at most the number of A rows, and 0 where there is no B row (ETK_E_RANGE). */
+enum { ETK_MATCH_TOME = 0, ETK_MATCH_PITOME = 1, ETK_MATCH_PITOME_HYBRID = 2, ETK_MATCH_PITOME_TEXT = 3 };
+
+/* Bytes of workspace (64-byte aligned) for etk_match, etk_pitome_energy and etk_token_merge, 0 when a number is out of range: tokens <= 65536,
+ * width (c) <= 65536. */
+ETK_API uint64_t etk_match_workspace(int64_t tokens, int64_t width);
+
+/* kept: i64 [B, N - r], the input row behind each output row; removed: i64 [B, r]; target: i64 [B, r], the output row that
+ * each removed row goes into. With r = 0 removed and target are [B, 0]. */
+ETK_API ETK_MUST_USE etk_status etk_match(int32_t kind, const etk_tensor *metric, const etk_tensor *size, int64_t keep, int64_t r,
+                                          float margin, float alpha, int32_t int8, etk_tensor *kept, etk_tensor *removed,
+                                          etk_tensor *target, void *ws, uint64_t ws_bytes);
+
+/* energy: f32 [B, N - keep], of PITOME or PITOME_TEXT, padding included as any row. */
+ETK_API ETK_MUST_USE etk_status etk_pitome_energy(int32_t kind, const etk_tensor *metric, int64_t keep, float margin, float alpha,
+                                                  int32_t int8, etk_tensor *energy, void *ws, uint64_t ws_bytes);
+
+/* Apply: x [B, N, C], size [B, N] (optional: ones), and a plan kept [B, M], removed, target [B, R] (i32 or i64, all in range, or
+ * ETK_E_RANGE; a row may appear more than once):
+ *   size_out[m] = size[kept m] + sum of size over removed rows with target m;  y[m] = sum of size x over the same / size_out[m]
+ * Rows that nothing merges into, or of size_out <= 1e-12, are copied bit for bit. y [B, M, C], size_out f32 [B, M] (optional);
+ * map (optional): i64 [B, N], the output row of each input row, -1 for rows in neither list. ws: etk_merge_workspace(M, R)
+ * bytes, 64-byte aligned; M, R < 2^31. */
+ETK_API uint64_t etk_merge_workspace(int64_t m, int64_t r);
+ETK_API ETK_MUST_USE etk_status etk_merge_rows(const etk_tensor *x, const etk_tensor *size, const etk_tensor *kept,
+                                               const etk_tensor *removed, const etk_tensor *target, etk_tensor *y,
+                                               etk_tensor *size_out, etk_tensor *map, void *ws, uint64_t ws_bytes);
+
+/* etk_match and etk_merge_rows in one call; the plan stays in ws (etk_match_workspace). y [B, N - r, C]. */
+ETK_API ETK_MUST_USE etk_status etk_token_merge(int32_t kind, const etk_tensor *metric, const etk_tensor *x, const etk_tensor *size,
+                                                int64_t keep, int64_t r, float margin, float alpha, int32_t int8, etk_tensor *y,
+                                                etk_tensor *size_out, etk_tensor *map, void *ws, uint64_t ws_bytes);
 
 #ifdef __cplusplus
 }
