@@ -65,7 +65,7 @@ void etk_merge_one(const etk_ops_kernel *k, const etk_tensor *x, const etk_tenso
   const int64_t cols = x->dim[2];
   const char *from = (const char *)x->data + b * x->stride[0];
   char *to = (char *)y->data + b * y->stride[0];
-  scratch s;
+  scratch s = {0};
   carve(&s, ws, plan->m, plan->r);
   for (int64_t i = 0; i < plan->m; i++) s.head[i] = -1;
   for (int64_t i = plan->r - 1; i >= 0; i--) { /* backwards, so that lists come out in the order of the plan */
