@@ -49,7 +49,8 @@ typedef struct etk_attn_kernel {
   int32_t isa;            /* ETK_ISA_* */
   int32_t mr;             /* rows of a full strip */
   int32_t p_max;          /* 255; 127 on AVX2 without VNNI */
-  int32_t layout;         /* number of the INT8 page layout: 0 row-major, 1 x86 quads u8, 2 AVX2, 3 NEON dot, 4 NEON i8mm */
+  int32_t layout;         /* number of the INT8 page layout: 0 row-major, 1 x86 quads u8, 2 AVX2, 3 NEON dot, 4 NEON i8mm,
+                           * 5 NEON without either */
   int32_t needs_colsum;
   const uint8_t *p_order; /* [64]: byte b of a row of P belongs to key p_order[b]; NULL = identity */
 
