@@ -6,6 +6,8 @@ from typing import Any
 
 _LAZY = {
     "BlockIndex": "index.blocks",
+    "Matching": "merging",
+    "Merged": "merging",
     "add": "ops",
     "add_norm_quantize": "ops",
     "argmax": "ops",
@@ -16,6 +18,9 @@ _LAZY = {
     "include_dir": "c_files",
     "layernorm": "ops",
     "library_dir": "c_files",
+    "match_tokens": "merging",
+    "merge_rows": "merging",
+    "pitome_energy": "merging",
     "pkgconfig_dir": "c_files",
     "rmsnorm": "ops",
     "rope": "ops",
@@ -24,6 +29,7 @@ _LAZY = {
     "silu": "ops",
     "softmax": "ops",
     "swiglu": "ops",
+    "token_merge": "merging",
     "topk": "ops",
 }
 

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from edgetok import native
-from edgetok.native.tensors import Tensor, check, tensor
+from edgetok.native.tensors import Tensor, aligned_empty, check, tensor
 
 _T = ctypes.POINTER(Tensor)
 _I32, _I64, _U64, _F32, _F64, _P = (
@@ -31,6 +31,10 @@ SIGNATURES: dict[str, list[type]] = {
     "etk_topk": [_T, _I64, _T, _T, _P, _U64],
     "etk_gather_rows": [_T, _T, _T],
     "etk_scatter_rows": [_T, _T, _T],
+    "etk_match": [_I32, _T, _T, _I64, _I64, _F32, _F32, _I32, _T, _T, _T, _P, _U64],
+    "etk_pitome_energy": [_I32, _T, _I64, _F32, _F32, _I32, _T, _P, _U64],
+    "etk_merge_rows": [_T, _T, _T, _T, _T, _T, _T, _T, _P, _U64],
+    "etk_token_merge": [_I32, _T, _T, _T, _I64, _I64, _F32, _F32, _I32, _T, _T, _T, _P, _U64],
 }  # fmt: skip
 
 
@@ -42,8 +46,9 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.argtypes, function.restype = types, _I32
     lib.etk_ops_kernel_name.restype = ctypes.c_char_p
-    lib.etk_topk_workspace.argtypes = [_I64, _I64]
-    lib.etk_topk_workspace.restype = _U64
+    for name in ("etk_topk_workspace", "etk_match_workspace", "etk_merge_workspace"):
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [_I64, _I64], _U64
     return lib
 
 
@@ -68,6 +73,6 @@ def call(name: str, *args: np.ndarray | float | None) -> int:
 
 
 def workspace(size: int) -> tuple[np.ndarray, int, int]:
-    """An 8-byte aligned buffer: the array that owns it, its address, its bytes."""
-    words = np.empty(max(1, -(-size // 8)), np.uint64)
-    return words, words.ctypes.data, words.nbytes
+    """A 64-byte aligned buffer: the array that owns it, its address, its bytes."""
+    owner = aligned_empty(max(1, size))
+    return owner, owner.ctypes.data, owner.nbytes
