@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgetok.artifact import Artifact as Artifact
     from edgetok.comparing import compare as compare
     from edgetok.gates import Limits as Limits
+    from edgetok.kernels.attend import attention as attention
     from edgetok.pipeline import convert as convert
     from edgetok.runtime.session import Session as Session
     from edgetok.runtime.session import load as load
@@ -30,12 +31,13 @@ _LAZY = {
     "Artifact": "edgetok.artifact",
     "Limits": "edgetok.gates",
     "Session": "edgetok.runtime.session",
+    "attention": "edgetok.kernels.attend",
     "compare": "edgetok.comparing",
     "convert": "edgetok.pipeline",
     "load": "edgetok.runtime.session",
 }
 
-__all__ = ["Artifact", "Limits", "Session", "__version__", "compare", "convert", "load"]
+__all__ = ["Artifact", "Limits", "Session", "__version__", "attention", "compare", "convert", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 _LAZY = {
+    "Attended": "attend",
+    "AttentionOptions": "attend",
     "BlockIndex": "index.blocks",
     "Matching": "merging",
     "Merged": "merging",
     "add": "ops",
     "add_norm_quantize": "ops",
     "argmax": "ops",
+    "attention": "attend",
+    "attention_outputs": "attend",
+    "block_index": "attend",
     "cmake_dir": "c_files",
+    "column_masses": "attend",
     "density_and_recall": "index.quality",
     "gather_rows": "ops",
     "gelu": "ops",
@@ -21,6 +27,7 @@ _LAZY = {
     "match_tokens": "merging",
     "merge_rows": "merging",
     "pitome_energy": "merging",
+    "merge_attention": "attend",
     "pkgconfig_dir": "c_files",
     "rmsnorm": "ops",
     "rope": "ops",

@@ -48,11 +48,23 @@ static void put_scores(attn_job *j, const attn_piece *piece, const attn_tile *t,
     if (t->keep >> c & 1) out[slot_row(slots, t->page, c)] = y[c] == -INFINITY ? -INFINITY : ATTN_LN2 * (y[c] + off);
 }
 
-static void add_masses(const attn_job *j, const attn_piece *piece, attn_lane *lane, const float *y, int32_t i) {
+/* p of the table softmax, as PV used it: rows of P then sum to l, and masses to the number of rows. */
+static void table_row(const attn_job *j, attn_lane *lane, const etk_strip *like, const float *y, float lse2, float *restrict p) {
+  float m = -INFINITY, l = 0.0f, w;
+  etk_strip a = *like;
+  a.rows = 1, a.m = &m, a.l = &l, a.o = lane->zero, a.dv_pad = ETK_HEAD_UNIT;
+  j->kernel->softmax_u8(&a, y, lane->p, &w);
+  const float scale = exp2f(m - lse2) / (float)j->kernel->p_max;
+  const uint8_t *order = j->kernel->p_order;
+  for (int c = 0; c < ETK_PAGE; c++) p[order ? order[c] : c] = m == -INFINITY ? 0.0f : scale * (float)lane->p[c];
+}
+
+static void add_masses(const attn_job *j, const attn_piece *piece, attn_lane *lane, const etk_strip *a, const float *y, int32_t i) {
   float *restrict p = lane->pf, *restrict acc = lane->acc, weight = 1.0f;
   if (piece->lse2[i] == -INFINITY) return;
   if (j->weights && j->weights->weight.data) weight = attn_f32(&j->weights->weight, 0, 0, attn_query_row(j, piece->b, piece->h, piece->r0 + i));
-  attn_exp2_row(y, piece->lse2[i], p);
+  if (j->plan->int8_pv && !j->clip && !j->weights) table_row(j, lane, a, y, piece->lse2[i], p);
+  else attn_exp2_row(y, piece->lse2[i], p);
   if (j->clip && !j->weights) {
     const float gamma = j->desc->clip_gamma, span = j->desc->clip_zeta - gamma;
     for (int c = 0; c < ETK_PAGE; c++) {
@@ -84,7 +96,7 @@ static void walk_piece(attn_job *j, attn_lane *lane, attn_piece *piece, int64_t 
     attn_strip_rows(j, piece, lane, row, n - row < mr ? n - row : mr, &a);
     attn_logits(j, piece, t, lane, &a, row, lane->mask + row);
     for (int32_t i = 0; i < a.rows; i++) {
-      if (masses) add_masses(j, piece, lane, lane->y + i * ETK_PAGE, row + i);
+      if (masses) add_masses(j, piece, lane, &a, lane->y + i * ETK_PAGE, row + i);
       put_scores(j, piece, t, lane->y + i * ETK_PAGE, row + i);
     }
   }
@@ -104,6 +116,7 @@ static void put_masses(attn_job *j, const attn_seq *s, int64_t b, int64_t h, int
 }
 
 static void page_columns(attn_job *j, attn_lane *lane, const attn_seq *s, int64_t b, int64_t hk, int64_t page) {
+  memset(lane->zero, 0, sizeof *lane->zero * ETK_MAX_MR * ETK_HEAD_UNIT);
   for (int64_t h = hk * j->plan->group; h < (hk + 1) * j->plan->group; h++) {
     memset(lane->acc, 0, ETK_PAGE * 4);
     for (int64_t block = 0; block < s->blocks; block++) {
