@@ -11,7 +11,7 @@
 
 #include "attn_kernel.h"
 
-enum { PAGES = 8, ROUNDS = 400 };
+enum { PAGES = 8, ROUNDS = 400, ROWS = ETK_MAX_MR };
 
 static double now(void) {
   struct timespec t;
@@ -31,9 +31,9 @@ static void *block(size_t bytes) {
 typedef struct work {
   const etk_attn_kernel *k;
   etk_strip s[PAGES];
-  int32_t out[ETK_MAX_MR * 64];
-  uint8_t p[ETK_MAX_MR * 64];
-  float y[ETK_MAX_MR * 64], pf[ETK_MAX_MR * 64], w[ETK_MAX_MR];
+  int32_t out[ROWS * 64];
+  uint8_t p[ROWS * 64];
+  float y[ROWS * 64], pf[ROWS * 64], w[ROWS];
 } work;
 
 typedef void (*phase)(work *w, int t);
@@ -57,12 +57,12 @@ static double best(work *w, phase run) {
 
 static void set_up(work *w, const etk_attn_kernel *k, int d, int as_float) {
   const size_t dp = (size_t)(d + 15) / 16 * 16, page = dp * 64 * (as_float ? 4 : 1);
-  int8_t *codes = block(dp * 64), *q = block(dp * ETK_MAX_MR);
-  int32_t *start = block(ETK_MAX_MR * 4), *colsum = block(dp * 4);
-  float *g = block(ETK_MAX_MR * 4), *qf = block(dp * ETK_MAX_MR * 4), *sv = block(dp * 4);
-  float *o = block(dp * ETK_MAX_MR * 4), *m = block(ETK_MAX_MR * 4), *l = block(ETK_MAX_MR * 4);
-  for (size_t i = 0; i < dp * ETK_MAX_MR; i++) q[i] = (int8_t)(rnd() >> 24 | 1), qf[i] = (float)q[i] * 0.002f;
-  for (int i = 0; i < ETK_MAX_MR; i++) {
+  int8_t *codes = block(dp * 64), *q = block(dp * ROWS);
+  int32_t *start = block(ROWS * 4), *colsum = block(dp * 4);
+  float *g = block(ROWS * 4), *qf = block(dp * ROWS * 4), *sv = block(dp * 4);
+  float *o = block(dp * ROWS * 4), *m = block(ROWS * 4), *l = block(ROWS * 4);
+  for (size_t i = 0; i < dp * ROWS; i++) q[i] = (int8_t)(rnd() >> 24 | 1), qf[i] = (float)q[i] * 0.002f;
+  for (int i = 0; i < ROWS; i++) {
     g[i] = 0.0001f, m[i] = 40.0f, w->w[i] = 0.5f;
     for (size_t c = 0; c < dp; c++) start[i] -= k->layout == 1 ? 128 * q[i * (int)dp + (int)c] : 0;
   }

@@ -148,14 +148,35 @@ INLINE void pv_all(const etk_strip *s, const uint8_t *p, const float *a, const f
 INLINE __m512i to_p(__m512i a, __m512i b, __m512i c, __m512i d) {
   return LOOK_UP(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
 }
-INLINE __m512i step_of(__m512i below, __m512 step) { /* rint(min(below * step, 255)); NaN gives 255 */
-  return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(below), step), _mm512_set1_ps(255.0f)));
+/* rint(min(below * step, 255)); NaN gives 255. Without `clamp` the packs that follow saturate instead, which is right
+ * as long as the product fits 31 bits: below <= 2 * 127 * 127 * 1024 and step < 64. */
+INLINE __m512i step_of(__m512i below, __m512 step, int clamp) {
+  const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(below), step);
+  return _mm512_cvtps_epi32(clamp ? _mm512_min_ps(x, _mm512_set1_ps(255.0f)) : x);
+}
+
+/* S to P and its sums: four partial sums of a row in each 128-bit lane. */
+INLINE void look_up_rows(const etk_strip *s, uint8_t *p, __m512i acc[MR][NV], __m512i *sum, const int32_t *high,
+                         const float *step, int R, int masked, int clamp) {
+  UNROLL for (int i = 0; i < R; i++) {
+    const __m512i t = _mm512_set1_epi32(high[lane_of(i)]);
+    const __m512 c = _mm512_set1_ps(step[lane_of(i)]);
+    __m512i x[NV];
+    UNROLL for (int j = 0; j < NV; j++) {
+      x[j] = step_of(_mm512_sub_epi32(t, acc[i][j]), c, clamp);
+      if (masked) x[j] = _mm512_mask_mov_epi32(_mm512_set1_epi32(255), (__mmask16)(s->mask[i] >> 16 * j), x[j]);
+    }
+    const __m512i row = to_p(x[0], x[1], x[2], x[3]);
+    _mm512_store_si512(p + 64 * i, row);
+    sum[i] = _mm512_setzero_si512();
+    DOT(sum[i], row, _mm512_set1_epi8(1));
+  }
 }
 
 INLINE void strip(const etk_strip *s, int R, int masked) {
   __m512i acc[MR][NV], top[MR], sum[MR];
   uint8_t p[MR * 64] __attribute__((aligned(64)));
-  float a[16] __attribute__((aligned(64))), w[16] __attribute__((aligned(64))), step[16] __attribute__((aligned(64)));
+  float a[16], w[16], step[16] __attribute__((aligned(64)));
   int32_t high[16] __attribute__((aligned(64)));
   qk(s, acc, R);
   const __m512i least = _mm512_set1_epi32(INT32_MIN);
@@ -176,19 +197,10 @@ INLINE void strip(const etk_strip *s, int R, int masked) {
   if (masked && !seen) return;
   _mm512_store_si512(high, tops);
   _mm512_store_ps(step, _mm512_mul_ps(_mm512_set1_ps((float)ETK_STEP), g));
-  UNROLL for (int i = 0; i < R; i++) {
-    const __m512i t = _mm512_set1_epi32(high[lane_of(i)]);
-    const __m512 c = _mm512_set1_ps(step[lane_of(i)]);
-    __m512i x[NV];
-    UNROLL for (int j = 0; j < NV; j++) {
-      x[j] = step_of(_mm512_sub_epi32(t, acc[i][j]), c);
-      if (masked) x[j] = _mm512_mask_mov_epi32(_mm512_set1_epi32(255), (__mmask16)(s->mask[i] >> 16 * j), x[j]);
-    }
-    const __m512i row = to_p(x[0], x[1], x[2], x[3]);
-    _mm512_store_si512(p + 64 * i, row);
-    sum[i] = _mm512_setzero_si512();
-    DOT(sum[i], row, _mm512_set1_epi8(1));
-  }
+  if (_mm512_mask_cmp_ps_mask(lanes_of(R), g, _mm512_set1_ps(64.0f / ETK_STEP), _CMP_NLT_UQ))
+    look_up_rows(s, p, acc, sum, high, step, R, masked, 1);
+  else
+    look_up_rows(s, p, acc, sum, high, step, R, masked, 0);
   __m512 av, wv;
   meet(s, mt, seen, R, &av, &wv);
   meet_sum(s, av, wv, _mm512_cvtepi32_ps(sum_across(sum, R)), R);

@@ -10,6 +10,7 @@
 #include "attn_lut.h"
 
 static inline __attribute__((always_inline)) __m512i look_up_words(__m512i x) {
+  x = _mm512_min_epu16(x, _mm512_set1_epi16(255));
   const __m512i *t = (const __m512i *)etk_lut_255;
   const __m512i word = _mm512_srli_epi16(x, 1);
   const __m512i near = _mm512_permutex2var_epi16(t[0], word, t[1]), far = _mm512_permutex2var_epi16(t[2], word, t[3]);
