@@ -40,6 +40,7 @@ static inline vi i_set(int32_t x) { return itwo(_mm256_set1_epi32(x), _mm256_set
 static inline vi i_add(vi x, vi y) { return itwo(_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
 static inline vi i_sub(vi x, vi y) { return itwo(_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)); }
 static inline vi i_and(vi x, vi y) { return itwo(_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)); }
+static inline vi i_add_or_0(vm m, vi x, vi y) { return i_and(m, i_add(x, y)); }
 static inline vi i_xor(vi x, vi y) { return itwo(_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)); }
 static inline vi i_shl23(vi x) { return itwo(_mm256_slli_epi32(x.a, 23), _mm256_slli_epi32(x.b, 23)); }
 static inline vi i_load(const int32_t *p) {
@@ -52,8 +53,8 @@ static inline void i_store(int32_t *p, vi v) {
 static inline vf f_from_i(vi x) { return two(_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)); }
 static inline vm m_lt(vf x, vf y) { return i_of(two(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))); }
 static inline vm m_ge(vf x, vf y) { return i_of(two(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))); }
-static inline vm m_nan(vf x) {
-  return i_of(two(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)));
+static inline vm m_nan2(vf x, vf y) { /* either is NaN */
+  return i_of(two(_mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q)));
 }
 static inline vm m_or(vm x, vm y) { return itwo(_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)); }
 static inline vm m_and(vm x, vm y) { return i_and(x, y); }
@@ -80,9 +81,10 @@ static inline float f_top(vf v) {
   t = _mm_max_ps(t, _mm_movehl_ps(t, t));
   return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
-static inline void i8_store(int8_t *p, vi v) {
-  const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
-  const __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+static inline void i8_store(int8_t *p, vi x) { /* the low byte of each lane */
+  const vi v = i_and(x, i_set(255));
+  const __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(v.a, v.b), 0xd8);
+  const __m128i b = _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
   _mm_storeu_si128((__m128i *)(void *)p, b);
 }
 static inline void i8_storen(int8_t *p, vi v, int64_t n) {

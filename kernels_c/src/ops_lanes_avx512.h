@@ -29,10 +29,11 @@ static inline void i_store(int32_t *p, vi v) { _mm512_storeu_si512(p, v); }
 static inline vf f_from_i(vi x) { return _mm512_cvtepi32_ps(x); }
 static inline vm m_lt(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
 static inline vm m_ge(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ); }
-static inline vm m_nan(vf x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+static inline vm m_nan2(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q); } /* either is NaN */
 static inline vm m_or(vm x, vm y) { return (vm)(x | y); }
 static inline vm m_and(vm x, vm y) { return (vm)(x & y); }
 static inline vm m_none(void) { return 0; }
+static inline vi i_add_or_0(vm m, vi x, vi y) { return _mm512_maskz_add_epi32(m, x, y); }
 static inline vi i_sel(vm m, vi x, vi y) { return _mm512_mask_mov_epi32(y, m, x); }
 static inline vf f_sel(vm m, vf x, vf y) { return _mm512_mask_mov_ps(y, m, x); }
 static inline uint32_t m_bits(vm m) { return m; }
@@ -53,6 +54,7 @@ static inline float f_top(vf v) {
   t = _mm_max_ps(t, _mm_movehl_ps(t, t));
   return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
+/* The low byte of each lane. */
 static inline void i8_storen(int8_t *p, vi v, int64_t n) { _mm512_mask_cvtepi32_storeu_epi8(p, low16(n), v); }
 static inline void i8_store(int8_t *p, vi v) { _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(v)); }
 static inline vf f_swap(vf v) { return _mm512_permute_ps(v, 0xb1); }

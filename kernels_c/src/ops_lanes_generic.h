@@ -56,10 +56,14 @@ static inline vf f_from_i(vi x) {
 }
 static inline vm m_lt(vf x, vf y) { EACH2(vm, x, y, <); }
 static inline vm m_ge(vf x, vf y) { EACH2(vm, x, y, >=); }
-static inline vm m_nan(vf x) { EACH2(vm, x, x, !=); }
+static inline vm m_nan2(vf x, vf y) { /* either is NaN */
+  vm r = {(x.a != x.a) | (y.a != y.a), (x.b != x.b) | (y.b != y.b), (x.c != x.c) | (y.c != y.c), (x.d != x.d) | (y.d != y.d)};
+  return r;
+}
 static inline vm m_or(vm x, vm y) { EACH2(vm, x, y, |); }
 static inline vm m_and(vm x, vm y) { EACH2(vm, x, y, &); }
 static inline vm m_none(void) { return i_set(0); }
+static inline vi i_add_or_0(vm m, vi x, vi y) { return i_and(m, i_add(x, y)); }
 static inline i4 pick4(i4 m, i4 x, i4 y) { return (m & x) | (~m & y); }
 static inline vi i_sel(vm m, vi x, vi y) {
   vi r = {pick4(m.a, x.a, y.a), pick4(m.b, x.b, y.b), pick4(m.c, x.c, y.c), pick4(m.d, x.d, y.d)};
@@ -97,10 +101,10 @@ static inline float f_top(vf v) { /* of numbers, no NaN */
   for (int i = 1; i < 16; i++) r = t[i] > r ? t[i] : r;
   return r;
 }
-static inline void i8_storen(int8_t *p, vi v, int64_t n) {
+static inline void i8_storen(int8_t *p, vi v, int64_t n) { /* the low byte of each lane */
   int32_t t[16];
   i_store(t, v);
-  for (int64_t i = 0; i < n; i++) p[i] = (int8_t)t[i];
+  for (int64_t i = 0; i < n; i++) p[i] = (int8_t)(t[i] & 255);
 }
 static inline void i8_store(int8_t *p, vi v) { i8_storen(p, v, 16); }
 static inline f4 swap4(f4 v) { const f4 r = {v[1], v[0], v[3], v[2]}; return r; }

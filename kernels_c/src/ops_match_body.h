@@ -32,7 +32,7 @@ static void k_quant(const float *x, int64_t rows, int32_t c, int32_t c4, int8_t 
     scale[row] = scale_of(f_top(top), &inv);
     for (int32_t i = 0; i < c; i += 16) {
       const int64_t n = c - i < 16 ? c - i : 16;
-      i8_storen(q + i, v_code(f_mul(f_loadn(x + i, n, 0.0f), f_set(inv))), n);
+      i8_storen(q + i, v_code_any(f_mul(f_loadn(x + i, n, 0.0f), f_set(inv))), n);
     }
     for (int32_t i = c; i < c4; i++) q[i] = 0;
   }

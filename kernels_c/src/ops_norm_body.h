@@ -66,27 +66,63 @@ static inline vf norm_yv(const norm_row *r, int64_t i, vf mean, vf rstd) {
   return norm_y(norm_h(r, i), mean, rstd, g, b);
 }
 
-static inline void norm_quant(const norm_row *r, const float *y, int64_t cols, vf mean, vf rstd, vf top, vm odd, int8_t *q,
-                              float *scale, int32_t *nonfinite) {
-  float inv;
-  *scale = scale_of(f_top(top), &inv);
-  *nonfinite |= m_any(odd);
-  const vf k = f_set(inv);
-  int64_t i = 0;
-  for (; i + 16 <= cols; i += 16) i8_store(q + i, v_code(f_mul(y ? f_load(y + i) : norm_yv(r, i, mean, rstd), k)));
-  if (i < cols) {
-    const int64_t n = cols - i;
-    i8_storen(q + i, v_code(f_mul(y ? f_loadn(y + i, n, 0.0f) : norm_yn(r, i, n, mean, rstd), k)), n);
-  }
+/* y of 16 columns: from memory, or from h again. */
+static inline vf norm_again(const norm_row *r, const float *y, int64_t i, int64_t n, vf mean, vf rstd) {
+  if (y) return n == 16 ? f_load(y + i) : f_loadn(y + i, n, 0.0f);
+  return n == 16 ? norm_yv(r, i, mean, rstd) : f_low(norm_yn(r, i, n, mean, rstd), n);
 }
+
+/* Codes of a row whose largest magnitude is top; NaN or infinite: look again, at the finite ones. Returns the scale. */
+static inline float norm_quant(const norm_row *r, const float *y, int64_t cols, vf mean, vf rstd, float top, int8_t *q,
+                               int32_t *nonfinite) {
+  const int odd = !(top < INFINITY);
+  float inv;
+  int64_t i = 0;
+  if (odd) {
+    vf t = f_set(0.0f);
+    for (; i < cols; i += 16) t = f_max(t, v_abs_finite(norm_again(r, y, i, cols - i < 16 ? cols - i : 16, mean, rstd)));
+    top = f_top(t), *nonfinite = 1;
+  }
+  const float scale = scale_of(top, &inv);
+  const vf k = f_set(inv);
+  for (i = 0; !odd && i + 16 <= cols; i += 16) i8_store(q + i, v_code(f_mul(norm_again(r, y, i, 16, mean, rstd), k)));
+  for (; i < cols; i += 16) {
+    const int64_t n = cols - i < 16 ? cols - i : 16;
+    i8_storen(q + i, v_code_any(f_mul(norm_again(r, y, i, n, mean, rstd), k)), n);
+  }
+  return scale;
+}
+
+/* Write y (when it has a place) and return the largest magnitude; NaN if there is one. */
+static inline float norm_write(const norm_row *r, int64_t cols, vf mean, vf rstd, float *y) {
+  vf t0 = f_set(0.0f), t1 = t0;
+  vm odd = m_none();
+  int64_t i = 0;
+  for (; i + 32 <= cols; i += 32) {
+    const vf u = norm_yv(r, i, mean, rstd), v = norm_yv(r, i + 16, mean, rstd);
+    if (y) f_store(y + i, u), f_store(y + i + 16, v);
+    odd = m_or(odd, m_nan2(u, v));
+    t0 = f_max(v_abs(u), t0), t1 = f_max(v_abs(v), t1);
+  }
+  for (; i < cols; i += 16) {
+    const int64_t n = cols - i < 16 ? cols - i : 16;
+    const vf u = norm_again(r, NULL, i, n, mean, rstd);
+    if (y) f_storen(y + i, u, n);
+    odd = m_or(odd, m_nan2(u, u));
+    t0 = f_max(v_abs(u), t0);
+  }
+  return m_any(odd) ? NAN : f_top(f_max(t0, t1));
+}
+
+enum { NORM_STASH = 4096 }; /* y of a row kept on the stack when only its codes are wanted */
 
 static void k_norm(etk_rows *a) {
   const int64_t cols = a->cols;
   const float *gamma = (const float *)(const void *)a->at[2], *beta = (const float *)(const void *)a->at[3];
+  float stash[NORM_STASH];
   for (int64_t row = 0; row < a->rows; row++) {
     float *y = a->at[4] ? (float *)(void *)(a->at[4] + row * a->step[4]) : NULL;
     float *sum = a->at[5] ? (float *)(void *)(a->at[5] + row * a->step[5]) : NULL;
-    int8_t *q = a->at[6] ? (int8_t *)a->at[6] + row * a->step[6] : NULL;
     norm_row r = {(const float *)(const void *)(a->at[0] + row * a->step[0]),
                   a->at[1] ? (const float *)(const void *)(a->at[1] + row * a->step[1]) : NULL, gamma, beta};
     float m = 0.0f;
@@ -97,22 +133,15 @@ static void k_norm(etk_rows *a) {
     const float v = norm_squares(&r, cols, m, a->i[0] ? sum : NULL) / (float)cols;
     if (sum) r.x = sum, r.res = NULL;
     const vf mean = f_set(m), rstd = f_set(1.0f / sqrtf(v + a->f[0]));
-    vf top = f_set(0.0f);
-    vm odd = m_none();
-    int64_t i = 0;
-    if (!q) {
-      for (; i + 16 <= cols; i += 16) f_store(y + i, norm_yv(&r, i, mean, rstd));
-      if (i < cols) f_storen(y + i, norm_yn(&r, i, cols - i, mean, rstd), cols - i);
+    if (a->at[6]) {
+      float *const to = y ? y : cols <= NORM_STASH ? stash : NULL;
+      const float top = norm_write(&r, cols, mean, rstd, to);
+      float *const scale = (float *)(void *)(a->at[7] + row * a->step[7]);
+      *scale = norm_quant(&r, to, cols, mean, rstd, top, (int8_t *)a->at[6] + row * a->step[6], &a->nonfinite);
       continue;
     }
-    for (; i < cols; i += 16) {
-      const int64_t n = cols - i < 16 ? cols - i : 16;
-      const vf u = n == 16 ? norm_yv(&r, i, mean, rstd) : f_low(norm_yn(&r, i, n, mean, rstd), n);
-      if (y && n == 16) f_store(y + i, u);
-      else if (y) f_storen(y + i, u, n);
-      odd = m_or(odd, m_or(m_nan(u), m_ge(v_abs(u), f_set(INFINITY))));
-      top = f_max(top, v_abs_finite(u));
-    }
-    norm_quant(&r, y, cols, mean, rstd, top, odd, q, (float *)(void *)(a->at[7] + row * a->step[7]), &a->nonfinite);
+    int64_t i = 0;
+    for (; i + 16 <= cols; i += 16) f_store(y + i, norm_yv(&r, i, mean, rstd));
+    if (i < cols) f_storen(y + i, norm_yn(&r, i, cols - i, mean, rstd), cols - i);
   }
 }
