@@ -253,7 +253,7 @@ def torch_tome(k: torch.Tensor, x: torch.Tensor, size: torch.Tensor, r: int) -> 
     m = k / torch.linalg.vector_norm(k, dim=-1, keepdim=True).clamp_min(1e-6)
     a, b = m[:, 2::2], m[:, 1::2]
     best, to = (a @ b.transpose(1, 2)).max(-1)
-    order = torch.sort(best, -1, descending=True, stable=True)[1]
+    order = torch.sort(best, stable=True, dim=-1, descending=True)[1]
     src, rest = order[:, :r, None], order[:, r:, None].sort(1)[0]
     dst = to.gather(1, src[..., 0])[..., None]
     w = x * size
