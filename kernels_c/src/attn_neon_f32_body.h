@@ -1,15 +1,15 @@
-/* Float strips for NEON: y = Q K, p = 2^(y - m), O = a O + p V. Tile 8 x 8 in 16 accumulators (fewer rows: 16 columns); a
+/* Float strips for NEON: y = Q K, p = 2^(y - m), O = a O + p V. Tile 8 x 8 in 16 accumulators (1 or 2 rows: 16 columns); a
  * step of 4 along the sum is 8 loads of rows, 8 of columns and 64 `fmla` by lane, which bounds it. Static only. */
 #include "attn_neon_base.h"
 
-#define F32_VECTORS(rows) ((rows) == 8 ? 2 : 4)
+#define F32_VECTORS(rows) ((rows) >= 4 ? 2 : 4)
 
 /* c[r][v] += sum over k of a[r][k] b[k][col + 4 v ..]; k is a multiple of 4. */
 INLINE void tile_f32(const float *restrict a, size_t lda, const float *restrict b, size_t ldb, size_t col, int32_t k,
                      const int rows, float32x4_t c[8][4]) {
   const float *at = b + col;
   const int vectors = F32_VECTORS(rows);
-  for (int32_t i = 0; i < k; i += 4, a += 4) {
+  ROLLED for (int32_t i = 0; i < k; i += 4, a += 4) {
     float32x4_t q[8];
     UNROLL for (int r = 0; r < rows; r++) q[r] = vld1q_f32(a + (size_t)r * lda);
 #define ONE(lane)                                                                               \

@@ -7,7 +7,7 @@
  *   Q_WORK, prepare_rows           bytes per row that the tile wants for its rows, and what copies them; 0: as they are
  *   LD_K(d_pad), LD_V(dv_pad)      the step ldb of the two page layouts
  *   row_sum(acc, p)                acc += sums of the 16 bytes of P, in four lanes
- * The table softmax keeps all 256 entries in 16 registers: one `tbl` and three `tbx`, four registers each, look up 16 codes. */
+ * The table softmax looks up 16 codes with one `tbl` and three `tbx` of four registers each. */
 #include "attn_neon_base.h"
 
 /* Run body(rows) over blocks of rows: as many of TILE_ROWS as fit, then 4, 2, 1. Row r is the first of the block. */
@@ -83,25 +83,17 @@ static void pv_rows(const etk_strip *a, const int8_t *p, const float *old, const
 
 /* ---- softmax by table ---- */
 
-typedef struct table {
-  uint8x16x4_t part[4];
-} table;
-
-INLINE table table_load(void) {
-  table t;
-  UNROLL for (int i = 0; i < 4; i++)
-    UNROLL for (int j = 0; j < 4; j++) t.part[i].val[j] = vld1q_u8(etk_lut_255 + 64 * i + 16 * j);
-  return t;
-}
-
-INLINE uint8x16_t table_look(const table *t, uint8x16_t x) {
-  const uint8x16_t step = vdupq_n_u8(64);
-  uint8x16_t y = vqtbl4q_u8(t->part[0], x);
-  UNROLL for (int i = 1; i < 4; i++) {
-    x = vsubq_u8(x, step);
-    y = vqtbx4q_u8(y, t->part[i], x);
+/* y[i] = LUT[x[i]] for 64 bytes. Part by part: all 256 entries at once are half the registers, and GCC spills them. */
+INLINE void look_up(const uint8_t *lut, uint8x16_t x[4], uint8x16_t y[4]) {
+  uint8x16x4_t part = vld1q_u8_x4(lut);
+  UNROLL for (int i = 0; i < 4; i++) y[i] = vqtbl4q_u8(part, x[i]);
+  UNROLL for (int t = 64; t < 256; t += 64) {
+    part = vld1q_u8_x4(lut + t);
+    UNROLL for (int i = 0; i < 4; i++) {
+      x[i] = vsubq_u8(x[i], vdupq_n_u8(64));
+      y[i] = vqtbx4q_u8(y[i], part, x[i]);
+    }
   }
-  return y;
 }
 
 /* rint(min(x, 255)) as 16 bytes; NaN counts as 255, as in the scalar kernel. */
@@ -133,25 +125,27 @@ INLINE int32_t row_max(const int32_t *s, uint64_t mask) {
   return vmaxvq_s32(top);
 }
 
-/* One row of P from 64 values x >= 0 (28 times the distance to the maximum), got 16 at a time by `load`; returns the sum. */
-#define P_ROW(load, mask, out, sum)                                                   \
-  do {                                                                                \
-    uint32x4_t acc = vdupq_n_u32(0);                                                  \
-    UNROLL for (int j = 0; j < ETK_PAGE; j += 16) {                                   \
-      float32x4_t x[4];                                                               \
-      UNROLL for (int i = 0; i < 4; i++) x[i] = load(j + 4 * i);                      \
-      uint8x16_t found = table_look(&t, index_of(x));                                 \
-      if ((mask) != ~UINT64_C(0))                                                     \
-        found = vandq_u8(found, mask_bytes((uint32_t)((mask) >> j)));                 \
-      acc = row_sum(acc, found);                                                      \
-      vst1q_u8((out) + j, found);                                                     \
-    }                                                                                 \
-    sum = (float)vaddvq_u32(acc);                                                     \
+/* One row of P from 64 values x >= 0 (28 times the distance to the maximum), got 4 at a time by `load`; returns the sum. */
+#define P_ROW(load, mask, out, sum)                                                               \
+  do {                                                                                            \
+    uint32x4_t acc = vdupq_n_u32(0);                                                              \
+    uint8x16_t index[4], found[4];                                                                \
+    UNROLL for (int j = 0; j < 4; j++) {                                                          \
+      float32x4_t x[4];                                                                           \
+      UNROLL for (int i = 0; i < 4; i++) x[i] = load(16 * j + 4 * i);                             \
+      index[j] = index_of(x);                                                                     \
+    }                                                                                             \
+    look_up(etk_lut_255, index, found);                                                           \
+    UNROLL for (int j = 0; j < 4; j++) {                                                          \
+      if ((mask) != ~UINT64_C(0)) found[j] = vandq_u8(found[j], mask_bytes((uint32_t)((mask) >> 16 * j))); \
+      acc = row_sum(acc, found[j]);                                                               \
+      vst1q_u8((out) + 16 * j, found[j]);                                                         \
+    }                                                                                             \
+    sum = (float)vaddvq_u32(acc);                                                                 \
   } while (0)
 
 /* P of the rows whose tile maximum is top (INT32_MIN: none visible, P = 0), and the row sums. */
 static void p_rows(const etk_strip *a, const int32_t *s, const int32_t *top, uint8_t *p, float *sum) {
-  const table t = table_load();
   for (int32_t r = 0; r < a->rows; r++, s += ETK_PAGE, p += ETK_PAGE) {
     const float32x4_t step = vdupq_n_f32((float)ETK_STEP * a->g[r]);
     const int32x4_t most = vdupq_n_s32(top[r]);
@@ -197,7 +191,6 @@ static void strip_s8(const etk_strip *a) {
 }
 
 static void softmax_u8(const etk_strip *a, const float *y, uint8_t *p, float *w) {
-  const table t = table_load();
   float mt[STRIP], old[STRIP], weight[STRIP], sum[STRIP];
   for (int32_t r = 0; r < STRIP; r++) mt[r] = -INFINITY;
   for (int32_t r = 0; r < a->rows; r++, y += ETK_PAGE, p += ETK_PAGE) {

@@ -8,106 +8,142 @@
 
 enum { GROUP = 8 /* keys laid at once */ };
 
-/* x less mu for the channels c .. c + 3; channels from `width` on are 0. */
-INLINE float32x4_t load4(const float *restrict x, const float *restrict mu, int32_t c, int32_t width) {
-  if (c + 4 <= width) {
-    const float32x4_t v = vld1q_f32(x + c);
-    return mu ? vsubq_f32(v, vld1q_f32(mu + c)) : v;
+static const float k_no_shift[MAX_WIDTH] = {0};
+
+/* 16 channels of x less mu from c on; those from d on are 0. */
+INLINE void load16(const float *restrict x, const float *restrict mu, int32_t c, int32_t d, float32x4_t out[4]) {
+  if (c + 16 <= d) {
+    UNROLL for (int i = 0; i < 4; i++) out[i] = vsubq_f32(vld1q_f32(x + c + 4 * i), vld1q_f32(mu + c + 4 * i));
+    return;
   }
-  float part[4] = {0};
-  for (int32_t i = c; i < width; i++) part[i - c] = x[i] - (mu ? mu[i] : 0.0f);
-  return vld1q_f32(part);
+  float part[16] = {0};
+  for (int32_t i = c; i < d; i++) part[i - c] = x[i] - mu[i];
+  UNROLL for (int i = 0; i < 4; i++) out[i] = vld1q_f32(part + 4 * i);
 }
 
-/* |x| where finite, else 0; *bad gathers the lanes that are not. */
-INLINE float32x4_t finite_abs(float32x4_t x, uint32x4_t *bad) {
-  const float32x4_t size = vabsq_f32(x);
-  const uint32x4_t finite = vcleq_f32(size, vdupq_n_f32(FLT_MAX));
-  *bad = vornq_u32(*bad, finite);
-  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(size), finite));
+INLINE uint32x4_t abs_bits(float32x4_t x) { return vreinterpretq_u32_f32(vabsq_f32(x)); }
+
+/* The bits of |x| order as |x| does, and all that is not finite comes last: one maximum finds both. */
+INLINE uint32x4_t finite_bits(float32x4_t x) {
+  const uint32x4_t bits = abs_bits(x);
+  return vandq_u32(bits, vcltq_u32(bits, vdupq_n_u32(0x7f800000u)));
 }
 
-INLINE void row_top(const float *x, const float *mu, int32_t d, float32x4_t *top, uint32x4_t *bad) {
-  for (int32_t c = 0; c < d; c += 4) *top = vmaxq_f32(*top, finite_abs(load4(x, mu, c, d), bad));
+/* The largest finite |x - mu| of n rows; *bad: whether something is not finite. */
+static float rows_top(const float *x, int64_t stride, int32_t n, int32_t d, const float *mu, int *bad) {
+  uint32x4_t most = vdupq_n_u32(0);
+  for (int pass = 0; pass < 2; pass++) {
+    uint32x4_t top = vdupq_n_u32(0);
+    for (int32_t j = 0; j < n; j++)
+      for (int32_t c = 0; c < d; c += 16) {
+        float32x4_t v[4];
+        load16(x + j * stride, mu, c, d, v);
+        UNROLL for (int i = 0; i < 4; i++) top = vmaxq_u32(top, pass ? finite_bits(v[i]) : abs_bits(v[i]));
+      }
+    most = top;
+    if (pass == 0) *bad = vmaxvq_u32(top) >= 0x7f800000u;
+    if (!*bad) break;
+  }
+  return vmaxvq_f32(vreinterpretq_f32_u32(most));
 }
 
-/* Codes of four values; a NaN is 0, infinities are top. inverse 0 gives 0. */
-INLINE int32x4_t codes4(float32x4_t x, float32x4_t top, float32x4_t inverse) {
-  const uint32x4_t number = vceqq_f32(x, x);
-  x = vmaxnmq_f32(vminnmq_f32(x, top), vnegq_f32(top));
-  const int32x4_t c = vcvtnq_s32_f32(vmulq_f32(x, inverse));
-  const int32x4_t held = vmaxq_s32(vminq_s32(c, vdupq_n_s32(127)), vdupq_n_s32(-127));
-  return vandq_s32(held, vreinterpretq_s32_u32(number));
-}
-
-INLINE int8x16_t narrow16(const int32x4_t c[4]) {
-  const int16x8_t low = vcombine_s16(vmovn_s32(c[0]), vmovn_s32(c[1])), high = vcombine_s16(vmovn_s32(c[2]), vmovn_s32(c[3]));
-  return vcombine_s8(vmovn_s16(low), vmovn_s16(high));
+/* Codes of 16 values. clean: all finite and |x| <= top, so that saturation is all that is left to do (scales rounded to
+ * f16 can exceed 127); else NaN is 0 and infinities are top. inverse 0 gives 0. */
+INLINE int8x16_t codes16(const float32x4_t x[4], const float32x4_t top[4], const float32x4_t inverse[4], const int clean) {
+  int32x4_t c[4];
+  UNROLL for (int i = 0; i < 4; i++) {
+    float32x4_t v = x[i];
+    if (!clean) {
+      v = vmaxnmq_f32(vminnmq_f32(v, top[i]), vnegq_f32(top[i]));
+      v = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vceqq_f32(x[i], x[i])));
+    }
+    c[i] = vcvtnq_s32_f32(vmulq_f32(v, inverse[i]));
+  }
+  const int16x8_t low = vqmovn_high_s32(vqmovn_s32(c[0]), c[1]), high = vqmovn_high_s32(vqmovn_s32(c[2]), c[3]);
+  return vmaxq_s8(vqmovn_high_s16(vqmovn_s16(low), high), vdupq_n_s8(-127));
 }
 
 INLINE float scale_of(float top) { return top < ETK_TINY ? 1.0f : top / 127.0f; }
 INLINE float inverse_of(float top, float s) { return top < ETK_TINY ? 0.0f : 1.0f / s; }
 
 /* One row with one scale; the codes of the channels d .. d_pad - 1 are 0. */
-INLINE void quant_row(const float *x, const float *mu, int32_t d, int32_t d_pad, float top, float inverse, int8_t *codes) {
-  const float32x4_t t = vdupq_n_f32(top), inv = vdupq_n_f32(inverse);
+INLINE void quant_row(const float *x, const float *mu, int32_t d, int32_t d_pad, float top, float inverse, int8_t *codes,
+                      const int clean) {
+  const float32x4_t t = vdupq_n_f32(top), inv = vdupq_n_f32(inverse), tops[4] = {t, t, t, t}, all[4] = {inv, inv, inv, inv};
   for (int32_t c = 0; c < d_pad; c += 16) {
-    int32x4_t part[4];
-    UNROLL for (int i = 0; i < 4; i++) part[i] = codes4(load4(x, mu, c + 4 * i, d), t, inv);
-    vst1q_s8(codes + c, narrow16(part));
+    float32x4_t v[4];
+    load16(x, mu, c, d, v);
+    vst1q_s8(codes + c, codes16(v, tops, all, clean));
   }
 }
 
 static float quant_q(const float *x, int32_t d, int32_t d_pad, int8_t *codes, int32_t *start, int32_t *nonfinite) {
-  float32x4_t tops = vdupq_n_f32(0.0f);
-  uint32x4_t bad = vdupq_n_u32(0);
-  row_top(x, NULL, d, &tops, &bad);
-  const float top = vmaxvq_f32(tops), s = scale_of(top);
-  quant_row(x, NULL, d, d_pad, top, inverse_of(top, s), codes);
+  int bad = 0;
+  const float top = rows_top(x, 0, 1, d, k_no_shift, &bad), s = scale_of(top), inverse = inverse_of(top, s);
+  if (bad) quant_row(x, k_no_shift, d, d_pad, top, inverse, codes, 0);
+  else quant_row(x, k_no_shift, d, d_pad, top, inverse, codes, 1);
   *start = 0;
-  *nonfinite |= vmaxvq_u32(bad) != 0;
+  *nonfinite |= bad;
   return s;
 }
 
 static float pack_k(const float *x, int64_t stride, int32_t n, int32_t d, int32_t d_pad, const float *mu, void *page,
                     int32_t *nonfinite) {
   int8_t codes[MAX_WIDTH];
-  float32x4_t tops = vdupq_n_f32(0.0f);
-  uint32x4_t bad = vdupq_n_u32(0);
-  for (int32_t j = 0; j < n; j++) row_top(x + j * stride, mu, d, &tops, &bad);
-  const float top = vmaxvq_f32(tops), s = scale_of(top), inverse = inverse_of(top, s);
+  int bad = 0;
+  if (!mu) mu = k_no_shift;
+  const float top = rows_top(x, stride, n, d, mu, &bad), s = scale_of(top), inverse = inverse_of(top, s);
   for (int32_t j = 0; j < ETK_PAGE; j++) {
-    if (j < n) quant_row(x + j * stride, mu, d, d_pad, top, inverse, codes);
     if (j == n) memset(codes, 0, sizeof codes);
+    if (j < n && bad) quant_row(x + j * stride, mu, d, d_pad, top, inverse, codes, 0);
+    if (j < n && !bad) quant_row(x + j * stride, mu, d, d_pad, top, inverse, codes, 1);
     lay_key(codes, d_pad, j, page);
   }
-  *nonfinite |= vmaxvq_u32(bad) != 0;
+  *nonfinite |= bad;
   return s;
 }
 
-/* One row with a scale per channel; sums gathers the codes. */
-INLINE void quant_channels(const float *x, const float *mu, int32_t dv, int32_t dv_pad, const float *top, const float *inverse,
-                           int32_t *sums, int8_t *codes) {
-  for (int32_t c = 0; c < dv_pad; c += 16) {
-    int32x4_t part[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-      const int32_t at = c + 4 * i;
-      part[i] = codes4(load4(x, mu, at, dv), vld1q_f32(top + at), vld1q_f32(inverse + at));
-      vst1q_s32(sums + at, vaddq_s32(vld1q_s32(sums + at), part[i]));
+/* The largest finite |x - mu| of each channel, as bits; returns whether something is not finite. */
+static int channel_tops(const float *x, int64_t stride, int32_t n, int32_t d, const float *mu, uint32_t *top) {
+  uint32x4_t all = vdupq_n_u32(0);
+  for (int32_t j = 0; j < n; j++)
+    for (int32_t c = 0; c < d; c += 16) {
+      float32x4_t v[4];
+      load16(x + j * stride, mu, c, d, v);
+      UNROLL for (int i = 0; i < 4; i++) {
+        all = vmaxq_u32(all, abs_bits(v[i]));
+        vst1q_u32(top + c + 4 * i, vmaxq_u32(vld1q_u32(top + c + 4 * i), finite_bits(v[i])));
+      }
     }
-    vst1q_s8(codes + c, narrow16(part));
+  return vmaxvq_u32(all) >= 0x7f800000u;
+}
+
+/* One row with a scale per channel; sums gathers the codes (64 of them fit 16 bits). */
+INLINE void quant_channels(const float *x, const float *mu, int32_t dv, int32_t dv_pad, const float *top, const float *inverse,
+                           int16_t *sums, int8_t *codes, const int clean) {
+  for (int32_t c = 0; c < dv_pad; c += 16) {
+    float32x4_t v[4], t[4], inv[4];
+    load16(x, mu, c, dv, v);
+    UNROLL for (int i = 0; i < 4; i++) {
+      t[i] = vld1q_f32(top + c + 4 * i);
+      inv[i] = vld1q_f32(inverse + c + 4 * i);
+    }
+    const int8x16_t q = codes16(v, t, inv, clean);
+    vst1q_s16(sums + c, vaddw_s8(vld1q_s16(sums + c), vget_low_s8(q)));
+    vst1q_s16(sums + c + 8, vaddw_high_s8(vld1q_s16(sums + c + 8), q));
+    vst1q_s8(codes + c, q);
   }
 }
 
 static void pack_v(const float *x, int64_t stride, int32_t n, int32_t dv, int32_t dv_pad, const float *mu, void *page, float *sv,
                    int32_t *colsum, int32_t f16_scales, int32_t *nonfinite) {
-  float top[MAX_WIDTH] = {0}, inverse[MAX_WIDTH];
-  int32_t sums[MAX_WIDTH] = {0};
+  float top[MAX_WIDTH], inverse[MAX_WIDTH];
+  uint32_t bits[MAX_WIDTH] = {0};
+  int16_t sums[MAX_WIDTH] = {0};
   int8_t codes[GROUP * MAX_WIDTH];
-  uint32x4_t bad = vdupq_n_u32(0);
-  for (int32_t j = 0; j < n; j++)
-    for (int32_t c = 0; c < dv; c += 4)
-      vst1q_f32(top + c, vmaxq_f32(vld1q_f32(top + c), finite_abs(load4(x + j * stride, mu, c, dv), &bad)));
+  if (!mu) mu = k_no_shift;
+  const int bad = channel_tops(x, stride, n, dv, mu, bits);
+  memcpy(top, bits, sizeof top);
   for (int32_t c = 0; c < dv_pad; c++) {
     sv[c] = scale_of(top[c]);
     if (f16_scales) sv[c] = etk_scale_f16(sv[c]);
@@ -116,13 +152,15 @@ static void pack_v(const float *x, int64_t stride, int32_t n, int32_t dv, int32_
   for (int32_t octet = 0; octet < ETK_PAGE / GROUP; octet++) {
     for (int32_t i = 0; i < GROUP; i++) {
       const int32_t j = octet * GROUP + i;
-      if (j < n) quant_channels(x + j * stride, mu, dv, dv_pad, top, inverse, sums, codes + i * MAX_WIDTH);
-      else memset(codes + i * MAX_WIDTH, 0, (size_t)dv_pad);
+      int8_t *row = codes + i * MAX_WIDTH;
+      if (j >= n) memset(row, 0, (size_t)dv_pad);
+      else if (bad) quant_channels(x + j * stride, mu, dv, dv_pad, top, inverse, sums, row, 0);
+      else quant_channels(x + j * stride, mu, dv, dv_pad, top, inverse, sums, row, 1);
     }
     lay_octet(codes, MAX_WIDTH, dv_pad, octet, page);
   }
-  if (colsum) memcpy(colsum, sums, (size_t)dv_pad * sizeof *colsum);
-  *nonfinite |= vmaxvq_u32(bad) != 0;
+  for (int32_t c = 0; colsum && c < dv_pad; c++) colsum[c] = sums[c];
+  *nonfinite |= bad;
 }
 
 static void lay_k(const int8_t *codes, int32_t d_pad, void *page) {

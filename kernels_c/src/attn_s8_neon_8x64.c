@@ -6,7 +6,12 @@
  * columns and, for each of the 16, `smull`, `smlal2` and `sadalp` (16 multiply-accumulates in three instructions), which bound
  * it; three `addp` a vector end it. Two products of codes fit 16 bits: 2 x 127 x 127 = 32258, and 2 x 128 x 127 = 32512 for
  * P - 128 (see the column sums in the file for dot products). Layout 5: K row-major [64][d], V [dv][64], s8. */
-#include "attn_neon_base.h"
+#include "attn_neon_f32_body.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+/* Before it has chosen registers, GCC would start all 16 products of a step at once and spill accumulators. */
+#pragma GCC optimize("no-schedule-insns")
+#endif
 
 enum { TILE_ROWS = 4, P_SIGNED = 1 };
 #define Q_WORK 0
@@ -24,15 +29,15 @@ INLINE void tile(const int8_t *restrict a, size_t lda, const int8_t *restrict b,
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int n = 0; n < 4; n++) acc[r][n] = vdupq_n_s32(0);
   b += col * ldb;
-  for (int32_t i = 0; i < k; i += 16) {
+  ROLLED for (int32_t i = 0; i < k; i += 16) {
     int8x16_t q[4];
     UNROLL for (int r = 0; r < rows; r++) q[r] = vld1q_s8(a + (size_t)r * lda + i);
     UNROLL for (int n = 0; n < 4; n++) {
       const int8x16_t x = vld1q_s8(b + (size_t)n * ldb + i);
-      UNROLL for (int r = 0; r < rows; r++) {
-        const int16x8_t two = vmlal_high_s8(vmull_s8(vget_low_s8(x), vget_low_s8(q[r])), x, q[r]);
-        acc[r][n] = vpadalq_s16(acc[r][n], two);
-      }
+      int16x8_t two[4]; /* in this order the rows hide each other's latency, also from an in-order core */
+      UNROLL for (int r = 0; r < rows; r++) two[r] = vmull_s8(vget_low_s8(x), vget_low_s8(q[r]));
+      UNROLL for (int r = 0; r < rows; r++) two[r] = vmlal_high_s8(two[r], x, q[r]);
+      UNROLL for (int r = 0; r < rows; r++) acc[r][n] = vpadalq_s16(acc[r][n], two[r]);
     }
   }
   UNROLL for (int r = 0; r < rows; r++)
@@ -52,7 +57,6 @@ INLINE void lay_octet(const int8_t *rows, size_t stride, int32_t dv_pad, int32_t
   }
 }
 
-#include "attn_neon_f32_body.h"
 #include "attn_neon_int8_body.h"
 #include "attn_neon_quant_body.h"
 

@@ -23,7 +23,7 @@ INLINE void tile(const int8_t *restrict a, size_t lda, const int8_t *restrict b,
                  int32x4_t c[8][4]) {
   const int8_t *at = b + 4 * col;
   const int vectors = TILE_VECTORS(rows);
-  for (int32_t i = 0; i < k; i += 16, a += 16) {
+  ROLLED for (int32_t i = 0; i < k; i += 16, a += 16) {
     int8x16_t q[8];
     UNROLL for (int r = 0; r < rows; r++) q[r] = vld1q_s8(a + (size_t)r * lda);
 #define QUAD(lane)                                                                              \

@@ -35,7 +35,7 @@ INLINE void tile_pairs(const int8_t *restrict a, size_t lda, const int8_t *restr
   UNROLL for (int r = 0; r < pairs; r++)
     UNROLL for (int v = 0; v < 2 * vectors; v++) acc[r][v] = vdupq_n_s32(0);
   b += 8 * col;
-  for (int32_t i = 0; i < k; i += 8, a += 16, b += 8 * ldb) {
+  ROLLED for (int32_t i = 0; i < k; i += 8, a += 16, b += 8 * ldb) {
     int8x16_t q[4];
     UNROLL for (int r = 0; r < pairs; r++) q[r] = vld1q_s8(a + 2 * (size_t)r * lda);
     UNROLL for (int v = 0; v < 2 * vectors; v++) {

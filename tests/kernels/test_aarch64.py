@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import arm_code
 import c_build
 import pytest
 
@@ -20,6 +21,25 @@ COMPILER = "aarch64-linux-gnu-gcc"
 # What each imitated processor has, hence what the library must choose there.
 CPUS = {"max": "neoni8mm", "neoverse-n1": "neondot", "cortex-a72": "neon"}
 BELOW = {"neoni8mm": ("neoni8mm", "neondot", "neon"), "neondot": ("neondot", "neon"), "neon": ("neon",)}
+# Hot loops as GCC 12 compiles them: instructions of the loop, multiply-accumulates among them.
+LOOPS = {
+    ("neon", "qk_s8"): (62, 48),
+    ("neon", "pv_rows"): (63, 48),
+    ("neondot", "qk_s8"): (82, 64),
+    ("neondot", "pv_rows"): (85, 64),
+    ("neoni8mm", "qk_s8"): (26, 16),
+    ("neoni8mm", "pv_rows"): (26, 16),
+    ("neondot", "qk_f32"): (82, 64),
+    ("neondot", "pv_scaled_f32"): (85, 64),
+}
+# Instructions executed by four strips of 8 rows x 64 keys, d = dv = 64, tests/arm_code.py prints them by part.
+EXECUTED = {
+    "attn_s8_neon_8x64/strip_s8": 87600,
+    "attn_s8_neondot_8x64/strip_s8": 36310,
+    "attn_s8_neoni8mm_8x64/strip_s8": 29100,
+    "attn_s8_neondot_8x64/strip_f32": 104190,
+}
+TOLERANCE = 0.03  # a count is exact; this lets harmless edits around a kernel pass
 EM_AARCH64 = 183  # e_machine of ELF
 PROBE = """#include <edgetok/edgetok.h>
 #include <stdio.h>
@@ -93,6 +113,37 @@ def test_best_isa_is_chosen_at_run_time(probe: Path, cpu: str) -> None:
         want = cap if cap in BELOW[best] else best
         assert qemu(cpu, probe, {"EDGETOK_MAX_ISA": cap}).split()[0] == want
     assert qemu(cpu, probe, {"EDGETOK_MAX_ISA": "scalar"}).split()[0] == "scalar"
+
+
+@pytest.fixture(scope="session")
+def counted(built: Path) -> Path:
+    """The build folder, where the compiler is the one whose counts stand above."""
+    version = c_build.run(COMPILER, "-dumpversion").strip()
+    if version.split(".")[0] != "12":
+        pytest.skip(f"the counts are those of {COMPILER} 12, this is {version}")
+    return built
+
+
+@pytest.mark.parametrize(("isa", "function"), LOOPS)
+def test_hot_loop_multiplies_and_spills_nothing(counted: Path, isa: str, function: str) -> None:
+    """Nothing ARM is timed, so what can be held is that the loop is made of what it should be made of."""
+    code = counted / "CMakeFiles" / "edgetok_objects.dir" / "src" / f"attn_s8_{isa}_8x64.c.o"
+    macs = arm_code.MACS["f32" if function.endswith("f32") else isa]
+    body = arm_code.hottest(arm_code.disassembly(code, function), macs)
+    length, multiplies = LOOPS[isa, function]
+    assert sum(i.name in macs for i in body) == multiplies
+    assert not [i for i in body if i.name in arm_code.STORES]
+    assert len(body) <= length * (1 + TOLERANCE)
+
+
+@pytest.mark.parametrize("item", EXECUTED)
+def test_strip_executes_no_more_instructions_than_recorded(counted: Path, item: str) -> None:
+    if not (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
+        pytest.skip("no qemu-aarch64 here: apt install qemu-user")
+    counts = arm_code.executed(counted / "work", item)
+    total = sum(sum(c.values()) for c in counts.values())
+    assert total <= EXECUTED[item] * (1 + TOLERANCE)
+    assert total > EXECUTED[item] * 0.5, "half of the work is missing, or the table is stale"
 
 
 def test_wheel_cross_builds_for_linux_aarch64(tmp_path: Path) -> None:
