@@ -32,34 +32,34 @@ typedef struct job {
   int32_t *note;
 } job;
 
-static void carve_head(etk_carve *ws, const job *j, head_ws *out) {
+static void carve_head(etk_index_ws *ws, const job *j, head_ws *out) {
   const uint64_t dp = (uint64_t)j->x.dp, qc = (uint64_t)j->desc.q_clusters, kc = (uint64_t)j->desc.k_clusters;
-  out->codes = etk_carve_take(ws, (uint64_t)(j->x.n > j->x.m ? j->x.n : j->x.m), dp);
-  out->mu = etk_carve_take(ws, dp, 4);
-  out->block = etk_carve_take(ws, dp, 4);
-  out->total = etk_carve_take(ws, dp, 8);
+  out->codes = etk_index_take(ws, (uint64_t)(j->x.n > j->x.m ? j->x.n : j->x.m), dp);
+  out->mu = etk_index_take(ws, dp, 4);
+  out->block = etk_index_take(ws, dp, 4);
+  out->total = etk_index_take(ws, dp, 8);
   etk_kmeans_carve(ws, qc > kc ? qc : kc, dp, &out->means);
-  out->centroid_q = etk_carve_take(ws, qc * dp, 2);
-  out->centroid_k = etk_carve_take(ws, kc * dp, 2);
-  out->rivals = etk_carve_take(ws, kc * dp, 2);
-  out->count_q = etk_carve_take(ws, qc, 4);
-  out->count_k = etk_carve_take(ws, kc, 4);
-  out->column = etk_carve_take(ws, kc, 4);
-  out->dot = etk_carve_take(ws, kc, 4);
-  out->weight = etk_carve_take(ws, kc, 4);
-  out->scale = etk_carve_take(ws, kc, 4);
+  out->centroid_q = etk_index_take(ws, qc * dp, 2);
+  out->centroid_k = etk_index_take(ws, kc * dp, 2);
+  out->rivals = etk_index_take(ws, kc * dp, 2);
+  out->count_q = etk_index_take(ws, qc, 4);
+  out->count_k = etk_index_take(ws, kc, 4);
+  out->column = etk_index_take(ws, kc, 4);
+  out->dot = etk_index_take(ws, kc, 4);
+  out->weight = etk_index_take(ws, kc, 4);
+  out->scale = etk_index_take(ws, kc, 4);
 }
 
-static etk_status carve(etk_carve *ws, int32_t workers, job *j) {
+static etk_status carve(etk_index_ws *ws, int32_t workers, job *j) {
   const uint64_t q_heads = (uint64_t)(j->x.batch * j->x.hq), k_heads = (uint64_t)(j->x.batch * j->x.hkv);
   const uint64_t qc = (uint64_t)j->desc.q_clusters, kc = (uint64_t)j->desc.k_clusters;
-  j->map = etk_carve_take(ws, q_heads, qc * kc);
-  j->q_labels = etk_carve_take(ws, q_heads, 4 * (uint64_t)j->x.n + 1);
-  j->k_labels = etk_carve_take(ws, k_heads, 4 * (uint64_t)j->x.m + 1);
-  j->q_sizes = etk_carve_take(ws, q_heads, 4 * qc);
-  j->k_sizes = etk_carve_take(ws, k_heads, 4 * kc);
-  j->ws = etk_carve_take(ws, (uint64_t)workers, sizeof *j->ws);
-  j->note = etk_carve_take(ws, (uint64_t)workers, sizeof *j->note);
+  j->map = etk_index_take(ws, q_heads, qc * kc);
+  j->q_labels = etk_index_take(ws, q_heads, 4 * (uint64_t)j->x.n + 1);
+  j->k_labels = etk_index_take(ws, k_heads, 4 * (uint64_t)j->x.m + 1);
+  j->q_sizes = etk_index_take(ws, q_heads, 4 * qc);
+  j->k_sizes = etk_index_take(ws, k_heads, 4 * kc);
+  j->ws = etk_index_take(ws, (uint64_t)workers, sizeof *j->ws);
+  j->note = etk_index_take(ws, (uint64_t)workers, sizeof *j->note);
   for (int32_t w = 0; w < workers; w++) {
     head_ws head = {0};
     carve_head(ws, j, &head);
@@ -202,7 +202,7 @@ etk_status etk_bsr_from_clusters_workspace(const etk_clusters_desc *desc, const 
   if (!bytes) return ETK_E_NULL;
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
-  etk_carve size = {0};
+  etk_index_ws size = {0};
   st = carve(&size, etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS), &j);
   if (st == ETK_OK) *bytes = size.at;
   return st;
@@ -232,7 +232,7 @@ etk_status etk_bsr_from_clusters(const etk_clusters_desc *desc, const etk_tensor
   if (arrays->row_ptr && (!to->q_perm || !to->q_inverse || !to->k_perm || !to->k_inverse || !to->q_block_ptr || !to->k_block_ptr))
     return ETK_E_NULL;
   const int32_t workers = etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS);
-  etk_carve size = {0}, pieces = {.base = ws};
+  etk_index_ws size = {0}, pieces = {.base = ws};
   st = carve(&size, workers, &j);
   if (st != ETK_OK) return st;
   if (!ws) return ETK_E_NULL;

@@ -79,7 +79,7 @@ float etk_index_scale(const etk_index_kernel *kernel, const float *x, int64_t st
   return top < 1e-30f ? 0.0f : top / 127.0f;
 }
 
-void *etk_carve_take(etk_carve *ws, uint64_t count, uint64_t size) {
+void *etk_index_take(etk_index_ws *ws, uint64_t count, uint64_t size) {
   const uint64_t limit = (uint64_t)INT64_MAX / 4;
   if (count > limit / size || ws->at > limit) {
     ws->overflow = 1;

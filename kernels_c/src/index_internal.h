@@ -55,12 +55,12 @@ float etk_index_scale(const etk_index_kernel *kernel, const float *x, int64_t st
                       float *inverse);
 
 /* Cut pieces, each a multiple of 64 bytes, from a workspace; with base NULL only *at grows: the size. */
-typedef struct etk_carve {
+typedef struct etk_index_ws {
   unsigned char *base;
   uint64_t at;
   int overflow;
-} etk_carve;
-void *etk_carve_take(etk_carve *ws, uint64_t count, uint64_t size);
+} etk_index_ws;
+void *etk_index_take(etk_index_ws *ws, uint64_t count, uint64_t size);
 
 /* Mark the fewest weights, largest first and ties by lower index, whose sum is at least target and whose number is at
  * least count (or all of them). Weight 0 is never marked and never counted. keep[order ? order[j] : j] = 1. */
@@ -80,7 +80,7 @@ typedef struct etk_kmeans {
   void *packed;        /* etk_index_packed(clusters, dp) */
   int32_t *dot;        /* [64][clusters rounded up to 16] */
 } etk_kmeans;
-void etk_kmeans_carve(etk_carve *ws, uint64_t clusters, uint64_t dp, etk_kmeans *out);
+void etk_kmeans_carve(etk_index_ws *ws, uint64_t clusters, uint64_t dp, etk_kmeans *out);
 /* Labels hold a start when warm, else seeds are tokens at equal distances. Stops early when no label changes. */
 void etk_kmeans_run(const etk_index_kernel *kernel, etk_kmeans *x, int32_t iterations, int warm);
 

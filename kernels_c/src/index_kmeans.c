@@ -5,12 +5,12 @@
 
 #include "index_internal.h"
 
-void etk_kmeans_carve(etk_carve *ws, uint64_t clusters, uint64_t dp, etk_kmeans *out) {
-  out->sum = etk_carve_take(ws, clusters * dp, 4);
-  out->nearest = etk_carve_take(ws, clusters * dp, 1);
-  out->norm = etk_carve_take(ws, clusters, 4);
-  out->packed = etk_carve_take(ws, etk_index_packed(clusters, dp), 1);
-  out->dot = etk_carve_take(ws, 64 * ((clusters + 15) / 16 * 16), 4);
+void etk_kmeans_carve(etk_index_ws *ws, uint64_t clusters, uint64_t dp, etk_kmeans *out) {
+  out->sum = etk_index_take(ws, clusters * dp, 4);
+  out->nearest = etk_index_take(ws, clusters * dp, 1);
+  out->norm = etk_index_take(ws, clusters, 4);
+  out->packed = etk_index_take(ws, etk_index_packed(clusters, dp), 1);
+  out->dot = etk_index_take(ws, 64 * ((clusters + 15) / 16 * 16), 4);
 }
 
 /* Sums and counts of the labels, and the rounded centroids; empty clusters keep theirs. */

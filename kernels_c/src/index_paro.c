@@ -57,31 +57,31 @@ etk_status etk_paro_permutation(int32_t order, int64_t frames, int64_t height, i
   return ETK_OK;
 }
 
-static void carve_head(etk_carve *ws, const etk_index_qk *x, head_ws *out) {
+static void carve_head(etk_index_ws *ws, const etk_index_qk *x, head_ws *out) {
   const uint64_t dp = (uint64_t)x->dp, nkb = (uint64_t)x->nkb, m = (uint64_t)x->m;
-  out->codes = etk_carve_take(ws, nkb * 64, dp);
-  out->codes_q = etk_carve_take(ws, 64, dp);
-  out->packed = etk_carve_take(ws, etk_index_packed(m, dp), 1);
-  out->mu = etk_carve_take(ws, dp, 4);
-  out->block = etk_carve_take(ws, dp, 4);
-  out->scale = etk_carve_take(ws, nkb * 64, 4);
-  out->total = etk_carve_take(ws, dp, 8);
-  out->dot = etk_carve_take(ws, 64 * ((m + 15) / 16 * 16), 4);
-  out->weight = etk_carve_take(ws, m, 4);
-  out->sum = etk_carve_take(ws, ORDERS * nkb * nkb, 8);
-  out->top = etk_carve_take(ws, ORDERS * nkb * nkb, 4);
+  out->codes = etk_index_take(ws, nkb * 64, dp);
+  out->codes_q = etk_index_take(ws, 64, dp);
+  out->packed = etk_index_take(ws, etk_index_packed(m, dp), 1);
+  out->mu = etk_index_take(ws, dp, 4);
+  out->block = etk_index_take(ws, dp, 4);
+  out->scale = etk_index_take(ws, nkb * 64, 4);
+  out->total = etk_index_take(ws, dp, 8);
+  out->dot = etk_index_take(ws, 64 * ((m + 15) / 16 * 16), 4);
+  out->weight = etk_index_take(ws, m, 4);
+  out->sum = etk_index_take(ws, ORDERS * nkb * nkb, 8);
+  out->top = etk_index_take(ws, ORDERS * nkb * nkb, 4);
 }
 
-static etk_status carve(etk_carve *ws, int32_t workers, job *j) {
+static etk_status carve(etk_index_ws *ws, int32_t workers, job *j) {
   const uint64_t heads = (uint64_t)j->x.hq, n = (uint64_t)j->x.n;
-  j->map = etk_carve_take(ws, heads, (uint64_t)(j->x.nqb * j->x.nkb) + 1);
-  j->perm = etk_carve_take(ws, ORDERS * n, 4);
-  j->place = etk_carve_take(ws, ORDERS * n, 4);
-  j->order = etk_carve_take(ws, heads, 4);
-  j->quant = etk_carve_take(ws, heads * ORDERS, 8);
-  j->sparse = etk_carve_take(ws, heads * ORDERS, 8);
-  j->ws = etk_carve_take(ws, (uint64_t)workers, sizeof *j->ws);
-  j->note = etk_carve_take(ws, (uint64_t)workers, sizeof *j->note);
+  j->map = etk_index_take(ws, heads, (uint64_t)(j->x.nqb * j->x.nkb) + 1);
+  j->perm = etk_index_take(ws, ORDERS * n, 4);
+  j->place = etk_index_take(ws, ORDERS * n, 4);
+  j->order = etk_index_take(ws, heads, 4);
+  j->quant = etk_index_take(ws, heads * ORDERS, 8);
+  j->sparse = etk_index_take(ws, heads * ORDERS, 8);
+  j->ws = etk_index_take(ws, (uint64_t)workers, sizeof *j->ws);
+  j->note = etk_index_take(ws, (uint64_t)workers, sizeof *j->note);
   for (int32_t w = 0; w < workers; w++) {
     head_ws head;
     carve_head(ws, &j->x, &head);
@@ -242,7 +242,7 @@ etk_status etk_bsr_from_paro_workspace(const etk_paro_desc *desc, const etk_tens
   if (!bytes) return ETK_E_NULL;
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
-  etk_carve size = {0};
+  etk_index_ws size = {0};
   st = carve(&size, etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS), &j);
   if (st == ETK_OK) *bytes = size.at;
   return st;
@@ -256,7 +256,7 @@ etk_status etk_bsr_from_paro(const etk_paro_desc *desc, const etk_tensor *q, con
   if (st != ETK_OK) return st;
   if (arrays->row_ptr && (!paro || !paro->order || !paro->perm || !paro->inverse)) return ETK_E_NULL;
   const int32_t workers = etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS);
-  etk_carve size = {0}, pieces = {.base = ws};
+  etk_index_ws size = {0}, pieces = {.base = ws};
   st = carve(&size, workers, &j);
   if (st != ETK_OK) return st;
   if (!ws) return ETK_E_NULL;

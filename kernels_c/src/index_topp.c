@@ -31,25 +31,25 @@ typedef struct job {
   int32_t *note; /* [workers] */
 } job;
 
-static void carve_head(etk_carve *ws, const etk_index_qk *x, head_ws *out) {
+static void carve_head(etk_index_ws *ws, const etk_index_qk *x, head_ws *out) {
   const uint64_t dp = (uint64_t)x->dp, nkb = (uint64_t)x->nkb;
-  out->codes = etk_carve_take(ws, 64 * dp, 1);
-  out->mu = etk_carve_take(ws, dp, 4);
-  out->block = etk_carve_take(ws, dp, 4);
-  out->total = etk_carve_take(ws, dp, 8);
-  out->pooled = etk_carve_take(ws, nkb * dp, 2);
-  out->pooled_q = etk_carve_take(ws, dp, 2);
-  out->scale = etk_carve_take(ws, nkb, 4);
-  out->column = etk_carve_take(ws, nkb, 4);
-  out->dot = etk_carve_take(ws, nkb, 4);
-  out->weight = etk_carve_take(ws, nkb, 4);
-  out->similar = etk_carve_take(ws, nkb, 1);
+  out->codes = etk_index_take(ws, 64 * dp, 1);
+  out->mu = etk_index_take(ws, dp, 4);
+  out->block = etk_index_take(ws, dp, 4);
+  out->total = etk_index_take(ws, dp, 8);
+  out->pooled = etk_index_take(ws, nkb * dp, 2);
+  out->pooled_q = etk_index_take(ws, dp, 2);
+  out->scale = etk_index_take(ws, nkb, 4);
+  out->column = etk_index_take(ws, nkb, 4);
+  out->dot = etk_index_take(ws, nkb, 4);
+  out->weight = etk_index_take(ws, nkb, 4);
+  out->similar = etk_index_take(ws, nkb, 1);
 }
 
-static etk_status carve(etk_carve *ws, const etk_index_qk *x, int32_t workers, job *out) {
-  out->map = etk_carve_take(ws, (uint64_t)(x->batch * x->hq), (uint64_t)(x->nqb * x->nkb) + 1);
-  out->ws = etk_carve_take(ws, (uint64_t)workers, sizeof *out->ws);
-  out->note = etk_carve_take(ws, (uint64_t)workers, sizeof *out->note);
+static etk_status carve(etk_index_ws *ws, const etk_index_qk *x, int32_t workers, job *out) {
+  out->map = etk_index_take(ws, (uint64_t)(x->batch * x->hq), (uint64_t)(x->nqb * x->nkb) + 1);
+  out->ws = etk_index_take(ws, (uint64_t)workers, sizeof *out->ws);
+  out->note = etk_index_take(ws, (uint64_t)workers, sizeof *out->note);
   for (int32_t w = 0; w < workers; w++) {
     head_ws head;
     carve_head(ws, x, &head);
@@ -149,7 +149,7 @@ etk_status etk_bsr_from_topp_workspace(const etk_topp_desc *desc, const etk_tens
   if (!bytes) return ETK_E_NULL;
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
-  etk_carve size = {0};
+  etk_index_ws size = {0};
   st = carve(&size, &j.x, etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS), &j);
   if (st == ETK_OK) *bytes = size.at;
   return st;
@@ -162,7 +162,7 @@ etk_status etk_bsr_from_topp(const etk_topp_desc *desc, const etk_tensor *q, con
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
   const int32_t workers = etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS);
-  etk_carve size = {0}, pieces = {.base = ws};
+  etk_index_ws size = {0}, pieces = {.base = ws};
   st = carve(&size, &j.x, workers, &j);
   if (st != ETK_OK) return st;
   if (!ws) return ETK_E_NULL;

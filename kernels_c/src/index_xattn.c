@@ -32,24 +32,24 @@ typedef struct job {
   int32_t *note;
 } job;
 
-static void carve_head(etk_carve *ws, const job *j, head_ws *out) {
+static void carve_head(etk_index_ws *ws, const job *j, head_ws *out) {
   const uint64_t dp = (uint64_t)j->x.dp, stride = (uint64_t)j->desc.stride, keys = (uint64_t)j->keys, nkb = (uint64_t)j->x.nkb;
-  out->codes_q = etk_carve_take(ws, 64 * dp, 1);
-  out->codes_k = etk_carve_take(ws, nkb * 64, dp);
-  out->packed = etk_carve_take(ws, etk_index_packed(keys, stride), dp);
-  out->mu = etk_carve_take(ws, dp, 4);
-  out->block = etk_carve_take(ws, dp, 4);
-  out->total = etk_carve_take(ws, dp, 8);
-  out->scale = etk_carve_take(ws, nkb * 64 / stride, 4);
-  out->dot = etk_carve_take(ws, 64 / stride * (uint64_t)j->dot_cols, 4);
-  out->weight = etk_carve_take(ws, keys > nkb ? keys : nkb, 4);
-  out->mass = etk_carve_take(ws, nkb, 8);
+  out->codes_q = etk_index_take(ws, 64 * dp, 1);
+  out->codes_k = etk_index_take(ws, nkb * 64, dp);
+  out->packed = etk_index_take(ws, etk_index_packed(keys, stride), dp);
+  out->mu = etk_index_take(ws, dp, 4);
+  out->block = etk_index_take(ws, dp, 4);
+  out->total = etk_index_take(ws, dp, 8);
+  out->scale = etk_index_take(ws, nkb * 64 / stride, 4);
+  out->dot = etk_index_take(ws, 64 / stride * (uint64_t)j->dot_cols, 4);
+  out->weight = etk_index_take(ws, keys > nkb ? keys : nkb, 4);
+  out->mass = etk_index_take(ws, nkb, 8);
 }
 
-static etk_status carve(etk_carve *ws, int32_t workers, job *j) {
-  j->map = etk_carve_take(ws, (uint64_t)(j->x.batch * j->x.hq), (uint64_t)(j->x.nqb * j->x.nkb) + 1);
-  j->ws = etk_carve_take(ws, (uint64_t)workers, sizeof *j->ws);
-  j->note = etk_carve_take(ws, (uint64_t)workers, sizeof *j->note);
+static etk_status carve(etk_index_ws *ws, int32_t workers, job *j) {
+  j->map = etk_index_take(ws, (uint64_t)(j->x.batch * j->x.hq), (uint64_t)(j->x.nqb * j->x.nkb) + 1);
+  j->ws = etk_index_take(ws, (uint64_t)workers, sizeof *j->ws);
+  j->note = etk_index_take(ws, (uint64_t)workers, sizeof *j->note);
   for (int32_t w = 0; w < workers; w++) {
     head_ws head;
     carve_head(ws, j, &head);
@@ -170,7 +170,7 @@ etk_status etk_bsr_from_xattn_workspace(const etk_xattn_desc *desc, const etk_te
   if (!bytes) return ETK_E_NULL;
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
-  etk_carve size = {0};
+  etk_index_ws size = {0};
   st = carve(&size, etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS), &j);
   if (st == ETK_OK) *bytes = size.at;
   return st;
@@ -183,7 +183,7 @@ etk_status etk_bsr_from_xattn(const etk_xattn_desc *desc, const etk_tensor *q, c
   etk_status st = begin(desc, q, k, &j);
   if (st != ETK_OK) return st;
   const int32_t workers = etk_parallel_width(pool, ETK_INDEX_MAX_WORKERS);
-  etk_carve size = {0}, pieces = {.base = ws};
+  etk_index_ws size = {0}, pieces = {.base = ws};
   st = carve(&size, workers, &j);
   if (st != ETK_OK) return st;
   if (!ws) return ETK_E_NULL;
