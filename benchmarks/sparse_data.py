@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from PIL import Image
 
+from edgetok.converters.sources._gguf.reader import Gguf
+from edgetok.limits import DEFAULT
 from edgetok.models import pull
 
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -39,6 +41,70 @@ def vit(layer: int, rows: int = 91, columns: int = 90) -> QKV:
         np.savez(file, **{name: a.transpose(0, 2, 1, 3).copy() for name, a in zip("qkv", found)})
     with np.load(file) as data:
         return data["q"], data["k"], data["v"]
+
+
+def smollm(layer: int, tokens: int = 8192) -> QKV:
+    """SmolLM2-135M on a novel, after rotation: q [1, 9, tokens, 64], k and v [1, 3, tokens, 64]; causal."""
+    file = datasets.cache() / f"smollm-qkv-{layer}-{tokens}.npz"
+    if not file.is_file():
+        folder = pull("smollm2-135m")
+        with Gguf(folder if folder.is_file() else next(folder.rglob("*.gguf")), DEFAULT) as model:
+            q, k, v = _decode(model, _token_ids(model, tokens), layer)
+        np.savez(file, q=q, k=k, v=v)
+    with np.load(file) as data:
+        return data["q"], data["k"], data["v"]
+
+
+def _token_ids(model: Gguf, tokens: int) -> list[int]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words, merges = model.metadata["tokenizer.ggml.tokens"], model.metadata["tokenizer.ggml.merges"]
+    bpe = models.BPE({word: i for i, word in enumerate(words)}, [tuple(m.split(" ")) for m in merges])
+    tokenizer = Tokenizer(bpe)
+    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    return list(tokenizer.encode(datasets.novel()[: tokens * 8]).ids[:tokens])
+
+
+def _decode(model: Gguf, ids: list[int], layer: int) -> QKV:
+    """Float32 forward pass up to the attention inputs of one layer."""
+    import torch
+
+    meta = model.metadata
+    heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
+    eps, base = meta["llama.attention.layer_norm_rms_epsilon"], meta["llama.rope.freq_base"]
+
+    def weight(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(model.floats(name), np.float32))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + eps) * weight(name)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        angle = torch.outer(torch.arange(x.shape[1]), base ** (-torch.arange(0, width, 2) / width))
+        a, b, cos, sin = x[..., 0::2], x[..., 1::2], angle.cos(), angle.sin()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+    with torch.inference_mode():
+        x = weight("token_embd.weight")[ids]
+        for i in range(layer + 1):
+            p = f"blk.{i}."
+            y = norm(x, p + "attn_norm.weight")
+            q, k, v = (
+                (y @ weight(f"{p}attn_{part}.weight").T).view(len(ids), n, -1).transpose(0, 1)
+                for part, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            )
+            q, k = rotate(q), rotate(k)
+            if i == layer:
+                break
+            wide = [t.repeat_interleave(heads // kv_heads, 0) for t in (k, v)]
+            y = torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True)
+            x = x + y.transpose(0, 1).reshape(len(ids), -1) @ weight(p + "attn_output.weight").T
+            y = norm(x, p + "ffn_norm.weight")
+            gate, up = (y @ weight(f"{p}ffn_{part}.weight").T for part in ("gate", "up"))
+            x = x + (torch.nn.functional.silu(gate) * up) @ weight(p + "ffn_down.weight").T
+        return q[None].numpy(), k[None].numpy(), v[None].numpy()
 
 
 def _photo(height: int, width: int) -> np.ndarray:
@@ -90,4 +156,6 @@ def video(frames: int = 8, height: int = 32, width: int = 32, seed: int = 0) -> 
 if __name__ == "__main__":
     for number in (2, 6, 10):
         print("vit layer", number, [x.shape for x in vit(number)])
+    for number in (4, 14):
+        print("smollm layer", number, [x.shape for x in smollm(number)])
     print("video", [x.shape for x in video()])
