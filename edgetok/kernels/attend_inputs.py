@@ -108,7 +108,7 @@ def _float_array(value: Any, name: str, rank: int) -> np.ndarray:
     if array.ndim != rank:
         axes = "[B, H, tokens, width]" if rank == 4 else "[tokens, H, width] (cu_q is given)"
         raise InputError(f"{name} has shape {array.shape}, expected {axes}")
-    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         raise InputError(
             f"the last axis of {name} is not dense (strides {array.strides})", next=f"np.ascontiguousarray({name})"
         )
