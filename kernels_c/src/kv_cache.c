@@ -18,11 +18,11 @@ kv_geometry kv_page_geometry(const etk_kv_cache *c) {
     return g;
   }
   uint64_t part = c->desc.bits == 8 ? 64 : 32;
-  g.k = c->desc.bits == 4 ? up64(d * 4) : c->desc.k_scale == ETK_KV_K_PER_TOKEN ? 128 : 64;
+  g.v_scale = c->desc.bits == 4 ? up64(d * 4) : c->desc.k_scale == ETK_KV_K_PER_TOKEN ? 128 : 64;
+  g.colsum = g.v_scale + up64(dv * 2);
+  g.k = g.colsum + (kv_attn(c)->needs_colsum ? up64(dv * 4) : 0);
   g.v = g.k + d * part;
-  g.v_scale = g.v + dv * part;
-  g.colsum = up64(g.v_scale + dv * 2);
-  g.bytes = g.colsum + (kv_attn(c)->needs_colsum ? up64(dv * 4) : 0);
+  g.bytes = g.v + dv * part;
   return g;
 }
 

@@ -8,7 +8,7 @@
 
 enum { KV_MAGIC = 0x564b5445 /* "ETKV" */, KV_SLOTS = ETK_KV_PAGE_SLOTS };
 
-/* Offsets inside a page: [K scales | K codes | V codes | V scales | V column sums], in the order a reader needs them.
+/* Offsets inside a page: [K scales | V scales | V column sums | K codes | V codes], one stream for a reader.
  *   INT8  K scales f32 [1] or f16 [64];  K d_pad*64, V dv_pad*64 bytes in the ISA's layout;  V scales f16 [dv_pad]
  *   INT4  K scales f16 [d_pad], then zeros f16 [d_pad];  K d_pad*32, V dv_pad*32 bytes: the ISA's layout of the codes (K as
  *         they are, V plus 8), of which byte i of chunk 2c (64 bytes) is the low nibble of byte i of packed chunk c and

@@ -4,7 +4,22 @@
 #ifndef ETK_KV_KERNEL_H
 #define ETK_KV_KERNEL_H
 
-#include "edgetok/base.h"
+#include "attn_kernel.h"
+
+/* Rows over the pages of a chunk: the INT8 strip law of attn_kernel.h page after page, tile skipping row by row. */
+typedef struct etk_kv_chunk {
+  int32_t rows, d_pad, dv_pad, n_pages;
+  const uint8_t *const *pages;  /* [n_pages], and one more that is only asked for from memory, or NULL */
+  const uint64_t *masks;        /* [n_pages][rows] visible slots; NULL = all */
+  uint64_t v_scale, k, v;       /* offsets in a page; K scales are at 0 */
+  const float *q;               /* INT4: [rows][d_pad], to be folded */
+  const int8_t *codes;          /* INT8: [rows][d_pad] */
+  const int32_t *start;         /* INT8: [rows] */
+  const float *gq;              /* INT8: [rows] scale * LOG2E * sq */
+  float tau2, skip_log2;
+  const uint8_t *p_order;
+  float *m, *l, *o;             /* state of the rows, as in etk_strip; INT4 maxima are true ones but for mu_k */
+} etk_kv_chunk;
 
 typedef struct etk_kv_kernel {
   const char *name; /* as in kernels.def */
@@ -20,6 +35,10 @@ typedef struct etk_kv_kernel {
    * *dot = sum q[c] (z[c] + 8 s[c]), added in 16 interleaved f32 sums and a fixed tree (kv_fold_tree). */
   float (*fold_q4)(const float *q, const uint16_t *s, const uint16_t *z, int32_t d_pad, int32_t u8_layout, int8_t *codes,
                    int32_t *start, float *dot);
+  /* All pages of a chunk for any number of rows, layout 1; dv_pad a multiple of 32 for INT4. NULL: not offered here, and the
+   * strips of the attention kernel are used instead. */
+  void (*chunk_s8)(const etk_kv_chunk *a);
+  void (*chunk_s4)(const etk_kv_chunk *a);
 } etk_kv_kernel;
 
 /* The best kernel at or under isa_cap; never NULL: every CPU runs the scalar one. */

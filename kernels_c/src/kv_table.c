@@ -16,6 +16,7 @@ static int runs(const etk_kv_kernel *k, uint32_t usable) {
   switch (k->isa) {
     case ETK_ISA_SCALAR: return 1;
     case ETK_ISA_AVX2: return (usable & ETK_CPU_AVX2) != 0;
+    case ETK_ISA_AVX512VBMI: return (usable & ETK_CPU_AVX512VBMI) != 0;
     case ETK_ISA_AVX512VNNI: return (usable & ETK_CPU_AVX512VNNI) != 0;
     default: return 0;
   }
