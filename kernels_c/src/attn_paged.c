@@ -43,6 +43,7 @@ static uint64_t carve_lane(const paged_run *r, uint8_t *base, paged_lane *a) {
   TAKE(g, float, rows);
   TAKE(y0, float, rows);
   TAKE(mask, uint64_t, rows);
+  TAKE(masks, uint64_t, rows * PAGED_SPLIT);
   TAKE(m, float, rows);
   TAKE(l, float, rows);
   TAKE(o, float, rows * dv);
@@ -444,6 +445,14 @@ static void place(paged_run *r, const sizes *s, uint8_t *ws) {
 }
 
 
+/* The kernel that takes the pages of a chunk at once, where there is one for this layout and the plan's cap allows it. */
+static void (*whole_chunk(const etk_kv_cache *c, const etk_attn_kernel *kernel))(const etk_kv_chunk *) {
+  const etk_kv_kernel *k = kv_kern(c);
+  if (c->layout != 1 || kernel->p_max != 255 || k->isa > kernel->isa) return NULL;
+  if (c->desc.bits == 8) return k->chunk_s8;
+  return c->desc.bits == 4 && c->dv_pad % 32 == 0 ? k->chunk_s4 : NULL;
+}
+
 etk_status etk_paged_run(const etk_attn_desc *desc, const etk_attn_kernel *kernel, int32_t nthreads, const etk_attn_io *io, void *ws,
                          uint64_t ws_bytes, const etk_pool *pool) {
   sizes s;
@@ -458,6 +467,7 @@ etk_status etk_paged_run(const etk_attn_desc *desc, const etk_attn_kernel *kerne
                  .dv_pad = c->dv_pad, .general = adjusts | by_hand << 1, .n = io->q.dim[2],
                  .n_sel = io->gather.data ? io->gather.dim[2] : 0, .workers = nthreads};
   r.geometry = kv_page_geometry(c);
+  r.whole = r.general || desc->compute != ETK_C_S8S8 ? NULL : whole_chunk(c, kernel);
   r.rows_max = unit_rows(r.group) * r.group;
   r.tau2 = (desc->scale != 0.0f ? desc->scale : 1.0f / sqrtf((float)desc->d)) * LOG2E;
   r.inv_p = 1.0f / (float)kernel->p_max;

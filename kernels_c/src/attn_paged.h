@@ -34,6 +34,7 @@ typedef struct paged_lane {
   int32_t *fold_start;      /* [R] */
   float *g, *y0;            /* [R] per page: log2 units per step; offset of the page */
   uint64_t *mask;           /* [R] */
+  uint64_t *masks;          /* [16][R] of the pages of a chunk */
   float *m, *l, *o;         /* [R], [R], [R][dv_pad]: the chunk */
   float *am, *al, *ao;      /* the same: the unit, when one task does it whole */
   float *sv;                /* [dv_pad] */
@@ -53,6 +54,7 @@ typedef struct paged_run {
   const etk_kv_cache *cache;
   kv_geometry geometry;
   int32_t group, d_pad, dv_pad, rows_max;
+  void (*whole)(const etk_kv_chunk *); /* the kernel that takes a chunk at once, or NULL */
   int32_t general;   /* bias, soft-cap, ALiBi or per-token scales: logits are formed one by one */
   float tau2;        /* scale * LOG2E */
   float inv_p;       /* 1 / p_max */

@@ -44,8 +44,10 @@ int paged_mask(const paged_run *r, const paged_lane *a, const paged_unit *u, int
   const int32_t *pos = kv_pos(r->cache, row) + page * KV_SLOTS;
   if (n > KV_SLOTS) n = KV_SLOTS;
   if (!live) return -1;
+  /* Without a window every row sees all of the pages before its own: positions ascend. */
+  int by_pos = (r->desc->mask_kind & ETK_MASK_WINDOW) != 0 || ((r->desc->mask_kind & ETK_MASK_CAUSAL) && page == u->own);
   for (int32_t i = 0; i < u->n; i++) {
-    uint64_t bits = r->desc->mask_kind ? live & visible(r, pos, n, a->pos[i * r->group]) : live;
+    uint64_t bits = by_pos ? live & visible(r, pos, n, a->pos[i * r->group]) : live;
     for (int32_t g = 0; g < r->group; g++) a->mask[i * r->group + g] = bits;
     any |= bits;
     all &= bits;
@@ -274,8 +276,34 @@ static void ask_for(const paged_run *r, const paged_unit *u, int64_t page) {
   for (uint64_t i = 0; i < c->page_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
+/* Pages of chunk list entries [first, last) at once. */
+static int whole_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, int64_t first, int64_t last, int64_t end) {
+  const uint8_t *pages[PAGED_SPLIT + 1];
+  const etk_kv_cache *c = r->cache;
+  const int32_t *blocks = kv_blocks(c, paged_row(r, u->b, u->h));
+  int32_t n = 0, rows = u->n * r->group, masked = 0;
+  for (int64_t i = first; i < last; i++) {
+    int64_t page = paged_page(r, u, i);
+    if (page < 0 || page > u->own || is_tail(u, page)) continue;
+    int full = paged_mask(r, a, u, page);
+    if (full < 0) continue;
+    memcpy(a->masks + (int64_t)n * rows, a->mask, (size_t)rows * sizeof *a->mask);
+    masked |= !full;
+    pages[n++] = kv_page_at(c, blocks[page], u->h);
+  }
+  int64_t after = last < end ? paged_page(r, u, last) : -1;
+  pages[n] = after >= 0 && after <= u->own && !is_tail(u, after) ? kv_page_at(c, blocks[after], u->h) : NULL;
+  if (!n) return 0;
+  const etk_kv_chunk chunk = {.rows = rows, .d_pad = r->d_pad, .dv_pad = r->dv_pad, .n_pages = n, .pages = pages,
+                              .masks = masked ? a->masks : NULL, .v_scale = r->geometry.v_scale, .k = r->geometry.k, .v = r->geometry.v,
+                              .q = a->q, .codes = a->codes, .start = a->start, .gq = a->gq, .tau2 = r->tau2,
+                              .skip_log2 = r->desc->tile_skip_log2, .p_order = r->kernel->p_order, .m = a->m, .l = a->l, .o = a->o};
+  r->whole(&chunk);
+  return 1;
+}
+
 int paged_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, int32_t chunk) {
-  int32_t rows = u->n * r->group, seen = 0, tail = chunk == u->chunks, ints = 0;
+  int32_t rows = u->n * r->group, seen = 0, tail = chunk == u->chunks, ints = !tail && r->whole;
   int64_t end = r->io->gather.data ? r->n_sel : (int64_t)u->own + 1, first = tail ? 0 : (int64_t)chunk * PAGED_SPLIT;
   int64_t last = tail || first + PAGED_SPLIT > end ? end : first + PAGED_SPLIT;
   for (int32_t i = 0; i < rows; i++) {
@@ -284,6 +312,10 @@ int paged_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, int32_t 
   }
   memset(a->o, 0, (size_t)rows * (size_t)r->dv_pad * 4);
   if (tail) first = r->io->gather.data ? 0 : u->own;
+  if (ints) {
+    seen = whole_chunk(r, a, u, first, last, end);
+    first = last;
+  }
   for (int64_t i = first; i < last; i++) {
     int64_t page = paged_page(r, u, i);
     if (page < 0 || page > u->own || is_tail(u, page) != tail) continue;
