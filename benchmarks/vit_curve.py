@@ -66,7 +66,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     axes.set_xlabel("speed-up over the unreduced graph, fp32, batch 1 (times)")
     axes.set_ylabel("CIFAR-10 probe accuracy, 2,000 test images (%)")
     axes.grid(color="#dddddd", linewidth=0.5)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc=(0.36, 0.04))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130, metadata={"Software": None})
 
