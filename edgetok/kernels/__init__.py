@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 _LAZY = {
+    "CacheOutputs": "kv",
+    "KVCache": "kv",
+    "KVMemory": "kv",
     "Attended": "attend",
     "AttentionOptions": "attend",
     "BlockIndex": "index.blocks",

@@ -166,9 +166,13 @@ def describe(threads: int, **values: Any) -> str:
     return _plans.get(Desc(struct_size=ctypes.sizeof(Desc), **values), threads, None).plan.kernel
 
 
-def fill_io(arrays: dict[str, np.ndarray], bsr: Bsr | None, score_rows: int) -> Io:
-    """``etk_attn_io`` over arrays that the caller keeps alive."""
+def fill_io(
+    arrays: dict[str, np.ndarray], bsr: Bsr | None, score_rows: int, kv: tuple[int, int, int] | None = None
+) -> Io:
+    """``etk_attn_io`` over arrays that the caller keeps alive. ``kv``: address of a cache, layer, first sequence."""
     io = Io(struct_size=ctypes.sizeof(Io), score_rows=score_rows)
+    if kv is not None:
+        io.kv, io.kv_layer, io.kv_seq = kv
     for name, array in arrays.items():
         setattr(io, name, tensor(array))
     if bsr is not None:
@@ -177,7 +181,12 @@ def fill_io(arrays: dict[str, np.ndarray], bsr: Bsr | None, score_rows: int) -> 
 
 
 def run(
-    fields: dict[str, Any], arrays: dict[str, np.ndarray], bsr: Bsr | None = None, score_rows: int = 0, threads: int = 1
+    fields: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    bsr: Bsr | None = None,
+    score_rows: int = 0,
+    threads: int = 1,
+    kv: tuple[int, int, int] | None = None,
 ) -> int:
     """Run attention; outputs are among ``arrays``.
 
@@ -187,6 +196,7 @@ def run(
         bsr: the block index when mask_kind holds BSR; its arrays are kept alive by the caller.
         score_rows: rows of ``scores``.
         threads: 1..256.
+        kv: address of an ``etk_kv_cache``, layer and first sequence, for ``kv_layout`` PAGED.
 
     Returns:
         The notes of the run: 0, NOTE_NONFINITE or NOTE_EMPTY_ROWS.
@@ -196,7 +206,7 @@ def run(
         UnsupportedError: valid, but not offered by this version or this CPU.
     """
     lib = _lib()
-    io = fill_io(arrays, bsr, score_rows)
+    io = fill_io(arrays, bsr, score_rows, kv)
     packed = "cu_q" in arrays  # the workspace then follows the totals, not batch x the longest
     owner = _plans.get(Desc(struct_size=ctypes.sizeof(Desc), **fields), threads, io if packed else None)
     ws = _workspace(owner.plan.workspace)
