@@ -12,7 +12,8 @@ import pytest
 
 SANITIZERS = {"plain": "", "address-undefined": "address,undefined", "thread": "thread"}
 ENV = {
-    "ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1",
+    # Not detect_stack_use_after_return: gcc before 14 misaligns 64-byte vectors on its stack (gcc bug 110027).
+    "ASAN_OPTIONS": "strict_string_checks=1:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
 }
