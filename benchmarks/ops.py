@@ -4,9 +4,9 @@
 
 "share" is the operation's bytes per second (each input read once, each output written once) over those of a memcpy that
 moves the same number of bytes, in the same cache state: everything is called again and again on the same buffers, so
-shapes below a megabyte or so stay in the second-level cache. Times are the best of all rounds: other work on the machine only
-ever adds. Calls are made with buffers, bindings and argument structs prepared; each still crosses from Python, about a
-microsecond, which counts against small shapes.
+shapes below a megabyte or so stay in the second-level cache. Times are the best of all rounds: other work on the
+machine only ever adds. Calls are made with buffers, bindings and argument structs prepared; each still crosses from
+Python, about a microsecond, which counts against small shapes. Peers without a column's operation show "-".
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
 from onnx import helper
+from torch.nn import functional as nnf
 
 from edgetok.native import ops as native_ops
 from edgetok.native.tensors import tensor
@@ -124,13 +124,13 @@ def norms(rng: Rng, n: int, c: int) -> list[Case]:
         Case("layernorm", shape, 2 * each, {
             "edgetok": ours("layernorm", x, None, g, b, 1e-5, y, None, None, None),
             "numpy": numpy_norm,
-            "torch": lambda: F.layer_norm(tx, (c,), tg, tb),
+            "torch": lambda: nnf.layer_norm(tx, (c,), tg, tb),
             "onnxruntime": onnx_run([node("LayerNormalization", "x g b", "y")], {"x": x, "g": g, "b": b}, ["y"]),
         }),
         Case("rmsnorm+residual", shape, 4 * each, {
             "edgetok": ours("rmsnorm", x, r, g, 1e-5, y, s, None, None),
             "numpy": numpy_rms,
-            "torch": lambda: F.rms_norm(torch.add(tx, tr, out=ty), (c,), tg, 1e-5),
+            "torch": lambda: nnf.rms_norm(torch.add(tx, tr, out=ty), (c,), tg, 1e-5),
             "onnxruntime": onnx_run([skip], {"x": x, "r": r, "g": g}, ["y", "s"]),
         }),
         Case("rmsnorm+residual+int8", shape, 3 * each + each // 4, {
@@ -169,23 +169,23 @@ def maps(rng: Rng, n: int, c: int) -> list[Case]:
             "onnxruntime": onnx_run([node("Add", "x u", "y")], {"x": x, "u": u}, ["y"]),
         }),
         Case("gelu", shape, 2 * each, {
-            "edgetok": ours("gelu", x, 0, y), "torch": lambda: F.gelu(tx),
+            "edgetok": ours("gelu", x, 0, y), "torch": lambda: nnf.gelu(tx),
             "onnxruntime": onnx_run([node("Gelu", "x", "y")], {"x": x}, ["y"]),
         }),
         Case("gelu tanh", shape, 2 * each, {
-            "edgetok": ours("gelu", x, 1, y), "numpy": numpy_tanh, "torch": lambda: F.gelu(tx, approximate="tanh"),
+            "edgetok": ours("gelu", x, 1, y), "numpy": numpy_tanh, "torch": lambda: nnf.gelu(tx, approximate="tanh"),
             "onnxruntime": onnx_run([node("FastGelu", "x", "y", MS)], {"x": x}, ["y"]),
         }),
         Case("silu", shape, 2 * each, {
-            "edgetok": ours("silu", x, y), "numpy": numpy_silu, "torch": lambda: F.silu(tx),
+            "edgetok": ours("silu", x, y), "numpy": numpy_silu, "torch": lambda: nnf.silu(tx),
             "onnxruntime": onnx_run([node("QuickGelu", "x", "y", MS, alpha=1.0)], {"x": x}, ["y"]),
         }),
         Case("swiglu", shape, 3 * each, {
-            "edgetok": ours("swiglu", x, u, y), "numpy": numpy_swiglu, "torch": lambda: F.silu(tx).mul_(tu),
+            "edgetok": ours("swiglu", x, u, y), "numpy": numpy_swiglu, "torch": lambda: nnf.silu(tx).mul_(tu),
             "onnxruntime": onnx_run(silu, {"x": x, "u": u}, ["y"]),
         }),
         Case("softmax", shape, 2 * each, {
-            "edgetok": ours("softmax", x, None, 1.0, y), "numpy": numpy_softmax, "torch": lambda: F.softmax(tx, -1),
+            "edgetok": ours("softmax", x, None, 1.0, y), "numpy": numpy_softmax, "torch": lambda: nnf.softmax(tx, -1),
             "onnxruntime": onnx_run([node("Softmax", "x", "y", axis=-1)], {"x": x}, ["y"]),
         }),
     ]  # fmt: skip
@@ -197,6 +197,11 @@ def ropes(rng: Rng, n: int, heads: int, d: int) -> list[Case]:
     cos, sin = np.empty((2, n, d // 2), np.float32)
     native_ops.call("rope_tables", None, 10000.0, 0, 1.0, cos, sin)
     tx, tc, ts = (torch.from_numpy(a) for a in (x, np.tile(cos, 2), np.tile(sin, 2)))
+    h = d // 2
+
+    def torch_rope() -> torch.Tensor:
+        return tx * tc + torch.cat((-tx[..., h:], tx[..., :h]), -1) * ts
+
     cases = []
     for inter in (0, 1):
         graph = [node("RotaryEmbedding", "x p c s", "y", MS, interleaved=inter)]
@@ -205,8 +210,7 @@ def ropes(rng: Rng, n: int, heads: int, d: int) -> list[Case]:
             "onnxruntime": onnx_run(graph, {"x": x, "p": pos, "c": cos, "s": sin}, ["y"]),
         }
         if not inter:
-            h = d // 2
-            run["torch"] = lambda: tx * tc + torch.cat((-tx[..., h:], tx[..., :h]), -1) * ts
+            run["torch"] = torch_rope
         cases.append(Case(f"rope {'interleaved' if inter else 'half'}", f"{heads}x{n}x{d}", 2 * x.nbytes, run))
     return cases
 
@@ -332,7 +336,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="comma-separated beginnings of names")
     a = parser.parse_args()
     only = tuple(a.only.split(",")) if a.only else ("",)
-    print(f"{native_ops.kernel_name()}, numpy {np.__version__}, torch {torch.__version__}, onnxruntime {ort.__version__}")
+    print(
+        f"{native_ops.kernel_name()}, numpy {np.__version__}, torch {torch.__version__}, onnxruntime {ort.__version__}"
+    )
     peers = ("numpy", "torch", "onnxruntime")
     print(f"{'operation':22} {'shape':20} {'us':>8} {'GB/s':>6} {'share':>6}  " + " ".join(f"{p:>12}" for p in peers))
     for case in all_cases():
@@ -340,8 +346,12 @@ def main() -> None:
             continue
         best_of(case, a.rounds, a.sample_ms)
         t = case.best["edgetok"]
-        line = f"{case.name:22} {case.shape:20} {1e6 * t:8.1f} {case.bytes / t / 1e9:6.1f} {case.best['copy'] / t:6.0%}  "
-        print(line + " ".join(f"{case.best[p] / t:11.2f}x" if p in case.best else f"{'-':>12}" for p in peers), flush=True)
+        line = (
+            f"{case.name:22} {case.shape:20} {1e6 * t:8.1f} {case.bytes / t / 1e9:6.1f} {case.best['copy'] / t:6.0%}  "
+        )
+        print(
+            line + " ".join(f"{case.best[p] / t:11.2f}x" if p in case.best else f"{'-':>12}" for p in peers), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,20 @@
 
 /* acc[lane] += sum of four products. Codes lie in -127..127, so a pair of products fits 16 bits. */
 #define ETK_DOT_BIAS 0
-static inline i4 dot4(i4 acc, int8x16_t a, const int8_t *b) {
-  const int8x16_t v = vld1q_s8(b);
+typedef int8x16x4_t vdot;
+static inline vdot i_dot_b(const int8_t *b) {
+  vdot r = {{vld1q_s8(b), vld1q_s8(b + 16), vld1q_s8(b + 32), vld1q_s8(b + 48)}};
+  return r;
+}
+static inline i4 dot4(i4 acc, int8x16_t a, int8x16_t v) {
   const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(v)), high = vmull_s8(vget_high_s8(a), vget_high_s8(v));
   return (i4)vaddq_s32((int32x4_t)acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
-static inline vi i_dot4(vi acc, int32_t a, const int8_t *b) {
-  const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(a));
-  vi r = {dot4(acc.a, q, b), dot4(acc.b, q, b + 16), dot4(acc.c, q, b + 32), dot4(acc.d, q, b + 48)};
+static inline vi i_dot4(vi acc, const int8_t *a, vdot b) {
+  int32_t quad;
+  memcpy(&quad, a, 4);
+  const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+  vi r = {dot4(acc.a, q, b.val[0]), dot4(acc.b, q, b.val[1]), dot4(acc.c, q, b.val[2]), dot4(acc.d, q, b.val[3])};
   return r;
 }
 

@@ -10,11 +10,11 @@
 
 /* acc[lane] += sum of four products of codes. */
 #define ETK_DOT_BIAS 0
-static inline vi i_dot4(vi acc, int32_t a, const int8_t *b) {
-  int8_t q[4];
+typedef const int8_t *vdot;
+static inline vdot i_dot_b(const int8_t *b) { return b; }
+static inline vi i_dot4(vi acc, const int8_t *a, vdot b) {
   int32_t t[16];
-  memcpy(q, &a, 4);
-  for (int i = 0; i < 16; i++) t[i] = q[0] * b[4 * i] + q[1] * b[4 * i + 1] + q[2] * b[4 * i + 2] + q[3] * b[4 * i + 3];
+  for (int i = 0; i < 16; i++) t[i] = a[0] * b[4 * i] + a[1] * b[4 * i + 1] + a[2] * b[4 * i + 2] + a[3] * b[4 * i + 3];
   return i_add(acc, i_load(t));
 }
 

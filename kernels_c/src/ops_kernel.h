@@ -44,7 +44,7 @@ typedef struct etk_sim {
   const int8_t *qa;       /* [pad16(rows_a)][c4] */
   const int8_t *qb;       /* [panels][c4 / 4][16][4] */
   const float *sa, *sb;   /* scales, padded with 0 */
-  const int32_t *colsum;  /* [pad16(rows_b)] sums of the codes of a row of B */
+  const int32_t *rowsum;  /* [pad16(rows_a)] sums of the codes of a row of A */
   const float *pen0, *pen1; /* [pad16(rows_b)] added to a similarity; pen1 for the rows of A with pad_a */
   const uint8_t *pad_a;   /* [rows_a] or NULL */
 } etk_sim;
@@ -68,7 +68,8 @@ typedef struct etk_ops_kernel {
   /* Codes of rows of floats, one scale each; columns c .. c4-1 are 0. */
   void (*quant)(const float *x, int64_t rows, int32_t c, int32_t c4, int8_t *q, float *scale);
   void (*sim_best)(const etk_sim *a, float *best, int32_t *to); /* each row of A: the largest of sim + penalty, its column */
-  /* out[i] = mean over j of ELU_alpha(sim - margin), or (form 1) of exp(-((1 - sim) alpha)^2 / 2). */
+  /* A and B the same rows: out[i] = mean over j of ELU_alpha(sim - margin), or (form 1) of exp(-((1 - sim) alpha)^2 / 2).
+   * out: [pad16(rows_b)], padding unspecified. */
   void (*sim_energy)(const etk_sim *a, int32_t form, float margin, float alpha, float *out);
   /* out = sum of w[j] * row j of x (rows given by address), divided by total. */
   void (*blend)(const float *const *x, const float *w, int32_t n, float total, int64_t cols, float *out);

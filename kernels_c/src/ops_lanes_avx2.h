@@ -100,13 +100,16 @@ static inline vf f_dup8(const float *p) {
 }
 /* acc[lane] += sum of four products. Codes lie in -127..127, so a pair of products fits 16 bits: |a| times b with a's sign. */
 #define ETK_DOT_BIAS 0
-static inline __m256i dot8(__m256i acc, __m256i a, const int8_t *b) {
-  const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)b);
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(v, a));
+typedef vi vdot;
+static inline vdot i_dot_b(const int8_t *b) { return i_load((const int32_t *)(const void *)b); }
+static inline __m256i dot8(__m256i acc, __m256i a, __m256i b) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline vi i_dot4(vi acc, int32_t a, const int8_t *b) {
-  const __m256i q = _mm256_set1_epi32(a);
-  return itwo(dot8(acc.a, q, b), dot8(acc.b, q, b + 32));
+static inline vi i_dot4(vi acc, const int8_t *a, vdot b) {
+  int32_t quad;
+  memcpy(&quad, a, 4);
+  const __m256i q = _mm256_set1_epi32(quad);
+  return itwo(dot8(acc.a, q, b.a), dot8(acc.b, q, b.b));
 }
 #define ETK_TILE 4

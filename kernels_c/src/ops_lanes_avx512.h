@@ -62,10 +62,14 @@ static inline vf f_dup8(const float *p) {
   const __m512i at = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   return _mm512_permutexvar_ps(at, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
 }
-/* acc[lane] += sum of four products; a holds codes + 128, which the caller takes back through the column sums. */
+/* acc[lane] += sum of four products. Codes of B become unsigned by + 128, which the caller takes back through the sums of
+ * the codes of A, so that those can be broadcast from memory by the instruction itself. */
 #define ETK_DOT_BIAS 128
-static inline vi i_dot4(vi acc, int32_t a, const int8_t *b) {
-  const vi u = _mm512_set1_epi32((int32_t)((uint32_t)a ^ 0x80808080u));
-  return _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(b));
+typedef vi vdot;
+static inline vdot i_dot_b(const int8_t *b) { return _mm512_xor_si512(_mm512_loadu_si512(b), _mm512_set1_epi8(-128)); }
+static inline vi i_dot4(vi acc, const int8_t *a, vdot b) {
+  int32_t quad;
+  memcpy(&quad, a, 4);
+  return _mm512_dpbusd_epi32(acc, b, _mm512_set1_epi32(quad));
 }
 #define ETK_TILE 8

@@ -16,7 +16,7 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 typedef struct scratch {
   float *unit, *a, *b, *scale, *sa, *sb, *pen0, *pen1, *best, *energy;
   int8_t *codes, *qa, *qb;
-  int32_t *colsum, *to, *idx, *idx_tmp, *order, *rows_a, *rows_b;
+  int32_t *rowsum, *to, *idx, *idx_tmp, *order, *rows_a, *rows_b;
   uint32_t *keys, *key_tmp;
   uint8_t *pad, *pad_a;
 } scratch;
@@ -33,7 +33,7 @@ static uint64_t carve(scratch *s, char *base, int64_t tokens, int64_t width) {
   float **const wide[] = {&s->unit, &s->a, &s->b};
   int8_t **const coded[] = {&s->codes, &s->qa, &s->qb};
   float **const floats[] = {&s->scale, &s->sa, &s->sb, &s->pen0, &s->pen1, &s->best, &s->energy};
-  int32_t **const ints[] = {&s->colsum, &s->to, &s->idx, &s->idx_tmp, &s->order, &s->rows_a, &s->rows_b};
+  int32_t **const ints[] = {&s->rowsum, &s->to, &s->idx, &s->idx_tmp, &s->order, &s->rows_a, &s->rows_b};
   for (int i = 0; i < 3; i++) *wide[i] = take(base, &c, n * width, sizeof(float));
   for (int i = 0; i < 3; i++) *coded[i] = take(base, &c, n * w4, 1);
   for (int i = 0; i < 7; i++) *floats[i] = take(base, &c, n, sizeof(float));
@@ -54,10 +54,16 @@ static void lay_a(const etk_match_spec *m, scratch *s, int64_t n) {
   for (size_t i = 0; i < rows; i++) {
     const size_t row = (size_t)s->rows_a[i];
     s->pad_a[i] = s->pad[row];
-    if (m->s8) memcpy(s->qa + i * c4, s->codes + row * c4, c4), s->sa[i] = s->scale[row];
-    else memcpy(s->a + i * c, s->unit + row * c, c * sizeof(float));
+    if (!m->s8) {
+      memcpy(s->a + i * c, s->unit + row * c, c * sizeof(float));
+      continue;
+    }
+    memcpy(s->qa + i * c4, s->codes + row * c4, c4);
+    s->sa[i] = s->scale[row], s->rowsum[i] = 0;
+    for (size_t k = 0; k < c4; k++) s->rowsum[i] += s->codes[row * c4 + k];
   }
-  if (m->s8) memset(s->qa + rows * c4, 0, (all - rows) * c4), memset(s->sa + rows, 0, (all - rows) * sizeof(float));
+  for (size_t i = rows; i < all; i++) s->sa[i] = 0.0f, s->rowsum[i] = 0;
+  if (m->s8) memset(s->qa + rows * c4, 0, (all - rows) * c4);
   else memset(s->a + rows * c, 0, (all - rows) * c * sizeof(float));
 }
 
@@ -76,13 +82,8 @@ static void lay_b(const etk_match_spec *m, scratch *s, int64_t n) {
     }
     int8_t *to = s->qb + i / 16 * 16 * c4 + 4 * (i % 16);
     const int8_t *from = s->codes + row * c4;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < c4; k += 4) {
-      for (int64_t j = 0; j < 4; j++) sum += from[k + j];
-      memcpy(to + 16 * k, from + k, 4);
-    }
+    for (int64_t k = 0; k < c4; k += 4) memcpy(to + 16 * k, from + k, 4);
     s->sb[i] = i < n ? s->scale[row] : 0.0f;
-    s->colsum[i] = sum;
   }
 }
 
@@ -90,7 +91,7 @@ static etk_sim sides(const etk_match_spec *m, scratch *s, int64_t na, int64_t nb
   lay_a(m, s, na);
   lay_b(m, s, nb);
   const etk_sim sim = {.rows_a = na, .rows_b = nb, .c = (int32_t)m->width, .c4 = (int32_t)up(m->width, 4), .s8 = m->s8, .a = s->a, .b = s->b,
-                       .qa = s->qa, .qb = s->qb, .sa = s->sa, .sb = s->sb, .colsum = s->colsum, .pen0 = s->pen0, .pen1 = s->pen1,
+                       .qa = s->qa, .qb = s->qb, .sa = s->sa, .sb = s->sb, .rowsum = s->rowsum, .pen0 = s->pen0, .pen1 = s->pen1,
                        .pad_a = s->pad_a};
   return sim;
 }

@@ -54,17 +54,12 @@ static inline void sim_s8(const etk_sim *s, int64_t i, int64_t panel, vf *out) {
   const int64_t c4 = s->c4;
   const int8_t *a = s->qa + i * c4, *b = s->qb + panel * 16 * c4;
   const vf sb = f_load(s->sb + 16 * panel);
-  const vi sums = i_load(s->colsum + 16 * panel);
-  vi acc[ETK_TILE], start = i_set(0);
-  for (int bit = 1; bit <= ETK_DOT_BIAS; bit += bit) /* -ETK_DOT_BIAS (0 or 128) times the sums */
-    start = bit == 1 ? i_sub(start, sums) : i_add(start, start);
-  for (int r = 0; r < ETK_TILE; r++) acc[r] = start;
-  for (int64_t k = 0; k < c4; k += 4)
-    for (int r = 0; r < ETK_TILE; r++) {
-      int32_t quad;
-      memcpy(&quad, a + r * c4 + k, 4);
-      acc[r] = i_dot4(acc[r], quad, b + 16 * k);
-    }
+  vi acc[ETK_TILE];
+  for (int r = 0; r < ETK_TILE; r++) acc[r] = i_set(-ETK_DOT_BIAS * s->rowsum[i + r]);
+  for (int64_t k = 0; k < c4; k += 4) {
+    const vdot v = i_dot_b(b + 16 * k);
+    for (int r = 0; r < ETK_TILE; r++) acc[r] = i_dot4(acc[r], a + r * c4 + k, v);
+  }
   for (int r = 0; r < ETK_TILE; r++) out[r] = f_mul(f_from_i(acc[r]), f_mul(f_set(s->sa[i + r]), sb));
 }
 
@@ -98,29 +93,38 @@ static void k_sim_best(const etk_sim *s, float *best, int32_t *to) {
   }
 }
 
+static inline vf energy_of(vf sim, int32_t form, vf margin, vf alpha) {
+  const vf one = f_set(1.0f), zero = f_set(0.0f);
+  if (form) {
+    const vf far = f_mul(f_sub(one, sim), alpha);
+    return v_exp_neg(f_mul(f_mul(far, far), f_set(-0.5f)));
+  }
+  const vf z = f_sub(sim, margin);
+  return f_sel(m_ge(z, zero), z, f_mul(alpha, f_sub(v_exp_neg(f_min(zero, z)), one)));
+}
+
+/* Similarity is symmetric, so only the 16 x 16 blocks on and right of the diagonal are computed: those right of it count for
+ * their rows at once, in lanes, and for their columns through out, which is complete for a row when its turn comes. */
 static void k_sim_energy(const etk_sim *s, int32_t form, float margin, float alpha, float *out) {
   const int64_t panels = (s->rows_b + 15) / 16;
-  const vf mar = f_set(margin), al = f_set(alpha), one = f_set(1.0f), zero = f_set(0.0f);
-  for (int64_t i = 0; i < s->rows_a; i += ETK_TILE) {
+  const vf mar = f_set(margin), al = f_set(alpha);
+  for (int64_t i = 0; i < 16 * panels; i += 16) f_store(out + i, f_set(0.0f));
+  for (int64_t i = 0; i < s->rows_b; i += ETK_TILE) {
     vf sum[ETK_TILE], sim[ETK_TILE];
-    for (int r = 0; r < ETK_TILE; r++) sum[r] = zero;
-    for (int64_t p = 0; p < panels; p++) {
+    for (int r = 0; r < ETK_TILE; r++) sum[r] = f_set(0.0f);
+    for (int64_t p = i / 16; p < panels; p++) {
       const int64_t n = s->rows_b - 16 * p;
+      vf column = f_load(out + 16 * p);
       if (s->s8) sim_s8(s, i, p, sim);
       else sim_f32(s, i, p, sim);
       for (int r = 0; r < ETK_TILE; r++) {
-        vf e;
-        if (form) {
-          const vf far = f_mul(f_sub(one, sim[r]), al);
-          e = v_exp_neg(f_mul(f_mul(far, far), f_set(-0.5f)));
-        } else {
-          const vf z = f_sub(sim[r], mar);
-          e = f_sel(m_ge(z, zero), z, f_mul(al, f_sub(v_exp_neg(f_min(zero, z)), one)));
-        }
+        const vf e = energy_of(sim[r], form, mar, al);
         sum[r] = f_add(sum[r], n < 16 ? f_low(e, n) : e);
+        column = f_add(column, e);
       }
+      if (p > i / 16) f_store(out + 16 * p, column);
     }
-    for (int r = 0; r < ETK_TILE && i + r < s->rows_a; r++) out[i + r] = f_sum(sum[r]) / (float)s->rows_b;
+    for (int r = 0; r < ETK_TILE; r++) out[i + r] = (f_sum(sum[r]) + out[i + r]) / (float)s->rows_b;
   }
 }
 

@@ -23,12 +23,14 @@ CASES = [
     (1, 6, 577, 64, 1, 40),
 ]
 CASES += [(1, 1, 6, 3, 4, 1), (1, 2, 50, 20, 7, 21)]
+# chosen so that no two energies lie closer than 1e-7, which float32 could not order
+SEEDS = {33: 34, 50: 48, 64: 26, 197: 42, 577: 19}
 FORMS = {"pitome": "pure", "pitome-hybrid": "hybrid", "pitome-text": "text"}
 
 
 def keys(batch: int, heads: int, tokens: int, width: int) -> np.ndarray:
     """Seeded keys in clusters, so that similarities spread widely."""
-    rng = np.random.default_rng([7, batch, heads, tokens, width])
+    rng = np.random.default_rng([SEEDS.get(tokens, 7), batch, heads, tokens, width])
     centres = rng.normal(size=(batch, heads, max(2, tokens // 5), width))
     pick = rng.integers(0, centres.shape[2], (batch, 1, tokens, 1))
     near = np.take_along_axis(centres, np.broadcast_to(pick, (batch, heads, tokens, 1)), 2)
@@ -60,6 +62,10 @@ def test_matching_is_the_plan_of_the_numpy_law(kind: str, case: tuple[int, ...])
     k, size = keys(batch, heads, tokens, width), sizes(batch, tokens, padding)
     got = kernels.match_tokens(k, r, kind=kind, keep=protected, size=size, margin=0.45)
     want = law(kind, k, size, protected, r, 0.45)
+    if kind != "tome" and tokens > 10:
+        unit = core.unit(k.astype(np.float64).mean(1)[:, protected:])
+        scores = energy_text(unit, 0.45) if kind == "pitome-text" else energy(unit, 0.45, 1.0)
+        assert np.diff(np.sort(scores, 1), axis=1).min() > 1e-7, "these keys decide nothing in float32"
     np.testing.assert_array_equal(got.kept, want.kept)
     np.testing.assert_array_equal(got.removed, want.removed)
     np.testing.assert_array_equal(got.target, want.target)
