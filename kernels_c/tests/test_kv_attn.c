@@ -307,7 +307,8 @@ static void test_masks(const etk_attn_kernel *kernel, int32_t bits) {
 }
 
 /* Scores and masses of a decode step: masses add up to one per row, scores reproduce the lse, as far as the codes of P allow:
- * each of up to 64 keys of a page may be off by 1/510 of the page's largest, 12 % at worst and under 2 % of a row here. */
+ * each of up to 64 keys of a page may be off by 1/510 of the page's largest, 12 % at worst and under 2 % of a row here; twice that
+ * where P ends at 127. */
 static void test_outputs(const etk_attn_kernel *kernel, int32_t bits) {
   enum { N = 210 };
   setup s = make(bits, 0, 4, 2, 64, 32, N);
@@ -330,7 +331,7 @@ static void test_outputs(const etk_attn_kernel *kernel, int32_t bits) {
     for (int i = 0; i < 2; i++) {
       double sum = 0.0;
       for (int j = 0; j < 256; j++) sum += exp((double)scores[(h * 2 + i) * 256 + j]);
-      CHECK(fabs(log(sum) - (double)e.lse[h * N + N - 2 + i]) < 0.02, "head %d row %d: %.5f and %.5f", h, i, log(sum), (double)e.lse[h * N + N - 2 + i]);
+      CHECK(fabs(log(sum) - (double)e.lse[h * N + N - 2 + i]) < 0.02 * 255 / kernel->p_max, "head %d row %d: %.5f and %.5f", h, i, log(sum), (double)e.lse[h * N + N - 2 + i]);
       CHECK(scores[(h * 2 + i) * 256 + N - 1 + i] == -INFINITY && scores[(h * 2 + i) * 256 + N - 2 + i] > -INFINITY, "mask of scores");
     }
   }
