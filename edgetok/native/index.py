@@ -7,6 +7,7 @@ scores to know a size get arrays for the worst case instead, and the tails are c
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ import numpy as np
 from edgetok.native import library
 from edgetok.native.pool import pool
 from edgetok.native.tensors import aligned_empty, check, tensor
+
+_own = threading.local()
+_KEPT_WORKSPACE = 1 << 26  # bytes
 
 
 class Bsr(ctypes.Structure):
@@ -274,11 +278,17 @@ def radial(frames: int, tokens: int, text: int, decay_q8: int, sink_frame: bool)
 
 
 def workspace(function: str, *args: Any) -> np.ndarray:
-    """Bytes for a builder, as its ``*_workspace`` function asks."""
+    """At least as many bytes as the builder's ``*_workspace`` function asks; small ones are kept by the thread."""
     lib = library()
     bytes_ = ctypes.c_uint64()
     check(getattr(lib, f"{function}_workspace")(*args, ctypes.byref(bytes_)), function, lib)
-    return aligned_empty(bytes_.value)
+    kept: np.ndarray | None = getattr(_own, "buffer", None)
+    if kept is not None and len(kept) >= bytes_.value:
+        return kept
+    buffer = aligned_empty(bytes_.value)
+    if len(buffer) <= _KEPT_WORKSPACE:
+        _own.buffer = buffer
+    return buffer
 
 
 def worst_case(q: np.ndarray, k: np.ndarray) -> tuple[int, int]:

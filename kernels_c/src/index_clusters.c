@@ -191,7 +191,7 @@ static etk_status begin(const etk_clusters_desc *desc, const etk_tensor *q, cons
   if (d->iterations < 0 || d->iterations > 1000 || d->warm < 0 || d->warm > 1) return ETK_E_RANGE;
   if (!(d->p >= 0.0f && d->p <= 1.0f) || !(d->min_ratio >= 0.0f && d->min_ratio <= 1.0f)) return ETK_E_RANGE;
   if (!(d->scale >= 0.0f && d->scale <= 1e6f)) return ETK_E_RANGE;
-  if (d->iterations == 0) d->iterations = 8;
+  if (d->iterations == 0) d->iterations = 4;
   j->tau = (d->scale == 0.0f ? 1.0f / sqrtf((float)j->x.d) : d->scale) * 1.44269504f / 64.0f;
   return ETK_OK;
 }

@@ -145,11 +145,15 @@ static void weights(const int32_t *restrict dot, float a, const float *restrict 
     const int32_t bits = bits_of(score(dot[j], a, b[j]));
     const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
     top = key > top ? key : top;
+    weight[j] = (uint32_t)bits;
   }
   const float largest = float_of(top ^ ((top >> 31) & 0x7fffffff));
+  for (int64_t j = 0; j < n; j++) { /* the clamp at -64 is on the bits: as a float it becomes a branch, which stops vectors */
+    const int32_t size = bits_of(float_of((int32_t)weight[j]) - largest) & 0x7fffffff;
+    weight[j] = (uint32_t)(size < 0x42800000 ? size : 0x42800000);
+  }
   for (int64_t j = 0; j < n; j++) {
-    float x = score(dot[j], a, b[j]) - largest;
-    x = x > -64.0f ? x : -64.0f;
+    const float x = -float_of((int32_t)weight[j]);
     const int32_t whole = (int32_t)x;
     const float f = x - (float)whole; /* in (-1, 0] */
     float p = 0.0009449036442674696f;

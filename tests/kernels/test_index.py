@@ -202,6 +202,17 @@ def test_recall_of_everything_is_one_and_of_halves_adds_up() -> None:
     np.testing.assert_allclose(a.density + b.density, 1, rtol=1e-12)
 
 
+def test_recall_of_some_rows_is_the_mean_of_those_rows() -> None:
+    rng = np.random.default_rng(5)
+    q, k = rng.standard_normal((2, 1, 1, 300, 16)).astype(np.float32)
+    mask = rng.random((1, 5, 5)) < 0.5
+    rows = [density_and_recall(q, k, mask, rows=np.array([r])).recall[0, 0] for r in range(300)]
+    assert density_and_recall(q, k, mask).recall[0, 0] == pytest.approx(np.mean(rows))
+    assert density_and_recall(q, k, mask).worst[0, 0] == pytest.approx(np.min(rows))
+    with pytest.raises(InputError):
+        density_and_recall(q, k, mask, rows=np.array([300]))
+
+
 def test_recall_counts_the_bits_of_partial_tiles() -> None:
     q = np.zeros((1, 1, 100, 8), np.float32)  # every key weighs the same
     index = from_window(100, 100, left=0, right=0)

@@ -40,7 +40,7 @@ def from_clusters(
     k_clusters: int,
     p: float = 0.9,
     min_ratio: float = 0.1,
-    iterations: int = 8,
+    iterations: int = 4,
     start: Clusters | None = None,
     scale: float | None = None,
     threads: int = 1,

@@ -28,7 +28,13 @@ class DensityRecall:
 
 
 def density_and_recall(
-    q: Any, k: Any, index: BlockIndex | np.ndarray, *, scale: float | None = None, causal: bool = False
+    q: Any,
+    k: Any,
+    index: BlockIndex | np.ndarray,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    rows: np.ndarray | None = None,
 ) -> DensityRecall:
     """Measure a block mask or an index on given Q and K, in float64.
 
@@ -38,11 +44,14 @@ def density_and_recall(
         index: a :class:`BlockIndex`, or bool [B or 1, H or 1, ceil(N/64), ceil(M/64)] (the batch axis may be absent).
         scale: of the logits; 1/sqrt(d) when None.
         causal: bottom-right causality, in the exact attention and on the index.
+        rows: queries to measure recall on, int [any]; all when None.
 
     Raises:
         InputError: shapes that do not fit each other.
     """
     q64, k64 = numpy_from(q, "q"), numpy_from(k, "k")
+    if rows is not None and len(rows) and not 0 <= np.min(rows) <= np.max(rows) < q64.shape[-2]:
+        raise InputError(f"rows reach from {np.min(rows)} to {np.max(rows)}, there are {q64.shape[-2]} queries")
     if q64.ndim != 4 or k64.ndim != 4 or q64.shape[3] != k64.shape[3] or q64.shape[0] != k64.shape[0]:
         raise InputError(f"q {q64.shape} and k {k64.shape} do not fit", next="pass [B, H, N, d] and [B, Hkv, M, d]")
     if k64.shape[1] == 0 or q64.shape[1] % k64.shape[1]:
@@ -55,7 +64,7 @@ def density_and_recall(
         for h in range(heads):
             keep = _keeper(index, b, h, n, m)
             found[:, b, h] = _one_head(
-                q64[b, h].astype(np.float64) * tau, k64[b, h // group].astype(np.float64), keep, causal
+                q64[b, h].astype(np.float64) * tau, k64[b, h // group].astype(np.float64), keep, causal, rows
             )
     return DensityRecall(*found)
 
@@ -120,12 +129,15 @@ def _unpermuted(block_of_row: np.ndarray, perm: np.ndarray) -> np.ndarray:
     return out
 
 
-def _one_head(q: np.ndarray, k: np.ndarray, keep: _Keeper, causal: bool) -> tuple[float, float, float]:
+def _one_head(
+    q: np.ndarray, k: np.ndarray, keep: _Keeper, causal: bool, rows: np.ndarray | None
+) -> tuple[float, float, float]:
     n, m = len(q), len(k)
     mass = np.zeros(n)
     seen = np.zeros(n, np.bool_)
-    for start in range(0, n, 256):
-        tokens = np.arange(start, min(n, start + 256))
+    asked = np.arange(n) if rows is None else np.unique(rows)
+    for start in range(0, len(asked), 256):
+        tokens = asked[start : start + 256]
         s = q[tokens] @ k.T
         if causal:
             s[np.arange(m)[None] > tokens[:, None] + (m - n)] = -np.inf

@@ -138,7 +138,7 @@ ETK_API ETK_MUST_USE etk_status etk_bsr_from_xattn(const etk_xattn_desc *desc, c
 typedef struct etk_clusters_desc {
   uint32_t struct_size;
   int32_t q_clusters, k_clusters; /* 1 .. 65536: nqb, nkb */
-  int32_t iterations;             /* 0 = 8; at most 1000 */
+  int32_t iterations;             /* 0 = 4; at most 1000 */
   int32_t warm;                   /* 1: start from the labels in the arrays */
   float scale;                    /* 0 = 1/sqrt(d) */
   float p, min_ratio;             /* 0 .. 1 */
