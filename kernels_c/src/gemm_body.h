@@ -150,7 +150,8 @@ static void body_finish(const etk_gemm_finish *f) {
       int32_t *out = (int32_t *)f->out + r * f->out_stride;
       const uint32_t za = f->za ? (uint32_t)f->za[r] : 0;
       const int32_t *sums = f->sums[0], *s = f->ci[0] + r * f->nr;
-      for (int32_t j = 0; j < f->cols; j++) out[j] = (int32_t)((uint32_t)s[j] - za * (uint32_t)sums[j]);
+      if (za == 0) memcpy(out, s, (size_t)f->cols * 4);
+      else for (int32_t j = 0; j < f->cols; j++) out[j] = (int32_t)((uint32_t)s[j] - za * (uint32_t)sums[j]);
       continue;
     }
     body_linear(f, 0, r, v);

@@ -60,9 +60,9 @@ static void float_row(pack_job *job, const float *x, int8_t *codes, etk_gemm_qua
 static void code_row(pack_job *job, int64_t row, int8_t *codes, etk_gemm_quant *quant) {
   const etk_gemm_plan *p = job->plan;
   const uint8_t *x = row_at(&job->io->a, row);
-  const uint8_t flip = p->a_code == ETK_U8 ? 0x80 : 0;
-  uint8_t *to = (uint8_t *)codes;
-  for (int64_t k = 0; k < p->geom.k; k++) to[k] = x[k] ^ flip;
+  uint8_t *restrict to = (uint8_t *)codes;
+  memcpy(to, x, (size_t)p->geom.k);
+  for (int64_t k = 0; p->a_code == ETK_U8 && k < p->geom.k; k++) to[k] ^= 0x80;
   *quant = job->whole;
   if (p->desc.a_quant == ETK_A_ROW) {
     quant->scale = etk_absent(&job->io->a_scale) ? 1.0f : ((const float *)job->io->a_scale.data)[row];

@@ -77,9 +77,8 @@ void etk_gemm_write_header(const etk_gemm_weight *w, const etk_gemm_kernel *kern
   memcpy(packed, &h, sizeof h);
 }
 
-etk_status etk_gemm_packed_info(const void *packed, uint64_t bytes, etk_gemm_weight *out) {
-  if (!packed || !out) return ETK_E_NULL;
-  if (out->struct_size != sizeof *out) return ETK_E_STRUCT;
+etk_status etk_gemm_check_header(const void *packed, uint64_t bytes, const etk_gemm_kernel *kernel, etk_gemm_weight *out) {
+  if (!packed) return ETK_E_NULL;
   if ((uintptr_t)packed % 64) return ETK_E_ALIGN;
   if (bytes < GEMM_HEADER) return ETK_E_OVERFLOW;
   header h;
@@ -89,9 +88,9 @@ etk_status etk_gemm_packed_info(const void *packed, uint64_t bytes, etk_gemm_wei
     if (h.rest[i]) return ETK_E_STRUCT;
   if (h.layout == 0 || h.layout > INT32_MAX) return ETK_E_UNSUPPORTED;
   etk_status status;
-  const etk_gemm_kernel *kernel = etk_gemm_kernel_pick(ETK_ISA_BEST, (int32_t)h.layout, &status);
+  if (!kernel) kernel = etk_gemm_kernel_pick(ETK_ISA_BEST, (int32_t)h.layout, &status);
   if (!kernel) return status;
-  if (h.nr != (uint32_t)kernel->nr || h.bias8 != (uint32_t)kernel->bias8) return ETK_E_SHAPE;
+  if (h.layout != (uint32_t)kernel->layout || h.nr != (uint32_t)kernel->nr || h.bias8 != (uint32_t)kernel->bias8) return ETK_E_SHAPE;
   const etk_gemm_weight w = {.struct_size = sizeof w, .n = h.n, .k = h.k, .bits = h.bits, .group = h.group, .offset = h.offset,
                              .gated = h.gated, .scale_dtype = h.scale_dtype, .layout = (int32_t)h.layout};
   etk_gemm_geom geom;
@@ -99,4 +98,10 @@ etk_status etk_gemm_packed_info(const void *packed, uint64_t bytes, etk_gemm_wei
   if (h.bytes > bytes) return ETK_E_OVERFLOW;
   *out = w;
   return ETK_OK;
+}
+
+etk_status etk_gemm_packed_info(const void *packed, uint64_t bytes, etk_gemm_weight *out) {
+  if (!out) return ETK_E_NULL;
+  if (out->struct_size != sizeof *out) return ETK_E_STRUCT;
+  return etk_gemm_check_header(packed, bytes, NULL, out);
 }

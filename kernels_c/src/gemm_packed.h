@@ -26,6 +26,9 @@ ETK_MUST_USE etk_status etk_gemm_resolve(const etk_gemm_weight *given, etk_gemm_
 
 void etk_gemm_write_header(const etk_gemm_weight *weight, const etk_gemm_kernel *kernel, const etk_gemm_geom *geom, void *packed);
 
+/* etk_gemm_packed_info for a kernel already chosen: asking the CPU again may cost more than a small product. NULL: any kernel. */
+ETK_MUST_USE etk_status etk_gemm_check_header(const void *packed, uint64_t bytes, const etk_gemm_kernel *kernel, etk_gemm_weight *out);
+
 /* A panel: panel p of half h. Halves alternate, so that a gated product reads one stream. */
 static inline uint64_t etk_gemm_panel_at(const etk_gemm_geom *g, int64_t p, int32_t h) {
   return GEMM_HEADER + (uint64_t)(p * g->halves + h) * g->panel_bytes;

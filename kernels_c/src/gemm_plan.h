@@ -7,7 +7,7 @@
 enum {
   GEMM_KC = 512,         /* K of a block: 512 x 64 codes are 32 KiB, two thirds of a 48 KiB L1 */
   GEMM_BLOCK_ROWS = 192, /* most rows that share a pass over the weights */
-  GEMM_A_BYTES = 393216, /* most codes of A in such a block: it stays in L2 beside the panel */
+  GEMM_A_BYTES = 655360, /* most codes of A in such a block: it stays in L2 beside the panel */
 };
 
 struct etk_gemm_plan {

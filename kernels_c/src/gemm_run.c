@@ -46,7 +46,13 @@ static void block(const gemm_job *job, uint8_t *lane, const uint8_t *panel, int6
       kernel->widen(codes, (int32_t)(k1 - k < span ? k1 - k : span), to + g->code_off);
     }
   }
-  for (int64_t tile = t0; tile < t1; tile++) {
+  /* The next block follows this one in memory: ask for a share of it with each tile, or every block would begin with misses. */
+  const uint8_t *ahead = panel + (int64_t)g->nr * 4 + group * (int64_t)g->rec_bytes + g->code_off;
+  const int64_t block_bytes = (k1 - k0) * g->nr * g->bits / 8 + (g->one ? 0 : t.runs * (int64_t)g->code_off);
+  ahead += within * g->nr * g->bits / 8 + block_bytes;
+  const int64_t share = job->few ? 0 : (block_bytes / (t1 - t0) + 63) / 64 * 64;
+  for (int64_t tile = t0; tile < t1; tile++, ahead += share) {
+    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     const int64_t left = job->io->a.dim[0] - tile * kernel->mr, base = tile * kernel->mr * p->runs;
     t.rows = (int32_t)(left < kernel->mr ? left : kernel->mr);
     t.a = (const int8_t *)job->ws + job->at->a + tile * kernel->mr * p->k_pad + k0 * t.rows;
@@ -152,8 +158,8 @@ static etk_status check_io(const etk_gemm_plan *p, const etk_gemm_io *io) {
   if (status != ETK_OK) return status;
   const int64_t m = io->a.dim[0];
   if (m > p->desc.max_m || io->a.dim[1] != p->geom.k || io->out.dim[0] != m || io->out.dim[1] != p->geom.n) return ETK_E_SHAPE;
-  etk_gemm_weight found = {.struct_size = sizeof found};
-  status = etk_gemm_packed_info(io->w, io->w_bytes, &found);
+  etk_gemm_weight found;
+  status = etk_gemm_check_header(io->w, io->w_bytes, p->kernel, &found);
   if (status != ETK_OK) return status;
   if (found.n != w->n || found.k != w->k || found.bits != w->bits || found.group != w->group || found.offset != w->offset ||
       found.gated != w->gated || found.scale_dtype != w->scale_dtype || found.layout != w->layout)

@@ -1,0 +1,142 @@
+/* Tiles of the matrix product for processors with vpdpbusd, included by one file per vector width. Internal.
+ *
+ *   S[r, n] = start[r] + sum_k u[n, k] a[r, k]       u: 0..255, the unsigned operand; a: s8, four at a time to every lane
+ *
+ * Weights are the unsigned operand, so neither side is shifted: the centre of the codes is taken off through `start`, one number for a row
+ * and a run. Bound by vpdpbusd: with 6 x 64 outputs each step of 4 k is 24 of them on 4 loads of weights and 6 broadcasts.
+ *
+ * The including file defines VI and VF (vectors), LANES, NV (vectors of a pass over the columns), and LOAD, SET1, DP, DP_AT (broadcast from memory), LOW, HIGH, CVT,
+ * FMADD, MUL, LOADF, LOADH (f16 to VF), SET1F, STOREF, STOREI, ZEROF. */
+#include "gemm_body.h"
+#include "gemm_quads.h"
+
+enum { MR = 6, COLS = NV * LANES };
+/* Bytes to prefetch ahead where few rows make weights come from memory: on Zen 5 the processor's own prefetcher gives 3/4 of that. */
+enum { AHEAD = 8192 };
+#define ALWAYS static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+ALWAYS VI broadcast4(const int8_t *a) {
+  int32_t four;
+  memcpy(&four, a, 4);
+  return SET1(four);
+}
+
+/* acc += codes of len k at columns [at, at + COLS). */
+ALWAYS void dot8(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restrict a, int32_t len, const int32_t rows) {
+  for (int32_t q = 0; q < len / 4; q++, w += 4 * QUADS_NR, a += 4 * rows) {
+    if (rows <= 3) UNROLL for (int32_t v = 0; v < NV; v++) __builtin_prefetch(w + AHEAD + v * LANES * 4, 0, 3);
+    VI u[NV];
+    UNROLL for (int32_t v = 0; v < NV; v++) u[v] = LOAD(w + v * LANES * 4);
+    UNROLL for (int32_t r = 0; r < rows; r++) {
+      const VI x = broadcast4(a + r * 4);
+      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = DP(acc[r][v], u[v], x);
+    }
+  }
+}
+
+/* The same from nibbles, in two steps of 4 k for each load. With many rows the broadcast is left to the operand of vpdpbusd: there are
+ * not enough registers to keep twelve of them over the columns. */
+ALWAYS void dot4(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restrict a, int32_t len, const int32_t rows) {
+  for (int32_t q = 0; q < len / 8; q++, w += 4 * QUADS_NR, a += 8 * rows) {
+    UNROLL for (int32_t v = 0; v < NV; v++) __builtin_prefetch(w + AHEAD + v * LANES * 4, 0, 3);
+    UNROLL for (int32_t v = 0; v < NV; v++) {
+      const VI two = LOAD(w + v * LANES * 4), low = LOW(two), high = HIGH(two);
+      UNROLL for (int32_t r = 0; r < rows; r++)
+        acc[r][v] = rows > 2 ? DP_AT(acc[r][v], low, a + r * 4) : DP(acc[r][v], low, broadcast4(a + r * 4));
+      UNROLL for (int32_t r = 0; r < rows; r++)
+        acc[r][v] = rows > 2 ? DP_AT(acc[r][v], high, a + (rows + r) * 4) : DP(acc[r][v], high, broadcast4(a + (rows + r) * 4));
+    }
+  }
+}
+
+ALWAYS VF scale_at(const uint8_t *at, int32_t column, int32_t f16) { return f16 ? LOADH(at + column * 2) : LOADF((const float *)(const void *)at + column); }
+
+/* c of few rows stays in registers over the runs: a store and a load would be most of the time of a short run. */
+ALWAYS void runs_f32(const etk_gemm_tile *t, const int32_t rows, const int32_t bits, int32_t at) {
+  const int64_t run_bytes = (int64_t)t->len * QUADS_NR * bits / 8, back = run_bytes * t->per_rec;
+  const int32_t keep = rows <= 3, f16 = t->f16, has_as = t->as != NULL;
+  const uint8_t *w = t->w + at * 4, *ws = t->ws, *wb = t->wb;
+  const int8_t *a = t->a;
+  VF c[MR][NV];
+  if (keep)
+    UNROLL for (int32_t r = 0; r < rows; r++)
+      UNROLL for (int32_t v = 0; v < NV; v++) c[r][v] = t->first ? ZEROF() : LOADF(t->c + r * QUADS_NR + at + v * LANES);
+  for (int32_t i = 0, in_rec = 0; i < t->runs; i++) {
+    const int32_t len = i == t->runs - 1 ? t->last_len : t->len;
+    VI acc[MR][NV];
+    UNROLL for (int32_t r = 0; r < rows; r++)
+      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = SET1(t->start[(int64_t)i * rows + r]);
+    if (bits == 8) dot8(acc, w, a, len, rows);
+    else dot4(acc, w, a, len, rows);
+    UNROLL for (int32_t v = 0; v < NV; v++) {
+      const VF s = scale_at(ws, at + v * LANES, f16);
+      VF b = s;
+      if (wb) b = scale_at(wb, at + v * LANES, f16);
+      UNROLL for (int32_t r = 0; r < rows; r++) {
+        float *to = t->c + r * QUADS_NR + at + v * LANES;
+        VF sum = keep ? c[r][v] : t->first && i == 0 ? ZEROF() : LOADF(to), sr = s, br = b;
+        if (has_as) {
+          const VF x = SET1F(t->as[(int64_t)i * rows + r]);
+          sr = MUL(s, x);
+          br = MUL(b, x);
+        }
+        sum = FMADD(sr, CVT(acc[r][v]), sum);
+        if (wb) sum = FMADD(br, SET1F(t->rsum[(int64_t)i * rows + r]), sum);
+        if (keep) c[r][v] = sum;
+        else STOREF(to, sum);
+      }
+    }
+    a += (int64_t)t->len * rows;
+    w += run_bytes;
+    if (++in_rec == t->per_rec) {
+      in_rec = 0;
+      w += t->rec_bytes - back;
+      ws += t->rec_bytes;
+      if (wb) wb += t->rec_bytes;
+    }
+  }
+  if (keep)
+    UNROLL for (int32_t r = 0; r < rows; r++)
+      UNROLL for (int32_t v = 0; v < NV; v++) STOREF(t->c + r * QUADS_NR + at + v * LANES, c[r][v]);
+}
+
+ALWAYS void run_s32(const etk_gemm_tile *t, const int32_t rows, const int32_t bits, int32_t at) {
+  VI acc[MR][NV];
+  UNROLL for (int32_t r = 0; r < rows; r++)
+    UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = t->first ? SET1(t->start[r]) : LOAD((const uint8_t *)(t->ci + r * QUADS_NR + at + v * LANES));
+  if (bits == 8) dot8(acc, t->w + at * 4, t->a, t->len, rows);
+  else dot4(acc, t->w + at * 4, t->a, t->len, rows);
+  UNROLL for (int32_t r = 0; r < rows; r++)
+    UNROLL for (int32_t v = 0; v < NV; v++) STOREI(t->ci + r * QUADS_NR + at + v * LANES, acc[r][v]);
+}
+
+/* One function for each number of rows, kept apart so that the compiler allots registers to each on its own. */
+#define TILE(rows)                                                                               \
+  static __attribute__((noinline)) void f32_8_##rows(const etk_gemm_tile *t) {                   \
+    for (int32_t at = 0; at < QUADS_NR; at += COLS) runs_f32(t, rows, 8, at);                    \
+  }                                                                                              \
+  static __attribute__((noinline)) void f32_4_##rows(const etk_gemm_tile *t) {                   \
+    for (int32_t at = 0; at < QUADS_NR; at += COLS) runs_f32(t, rows, 4, at);                    \
+  }                                                                                              \
+  static __attribute__((noinline)) void s32_8_##rows(const etk_gemm_tile *t) {                   \
+    for (int32_t at = 0; at < QUADS_NR; at += COLS) run_s32(t, rows, 8, at);                     \
+  }                                                                                              \
+  static __attribute__((noinline)) void s32_4_##rows(const etk_gemm_tile *t) {                   \
+    for (int32_t at = 0; at < QUADS_NR; at += COLS) run_s32(t, rows, 4, at);                     \
+  }
+TILE(1)
+TILE(2)
+TILE(3)
+TILE(4)
+TILE(5)
+TILE(6)
+
+typedef void tile_fn(const etk_gemm_tile *t);
+static tile_fn *const k_f32[2][MR] = {{f32_8_1, f32_8_2, f32_8_3, f32_8_4, f32_8_5, f32_8_6},
+                                      {f32_4_1, f32_4_2, f32_4_3, f32_4_4, f32_4_5, f32_4_6}};
+static tile_fn *const k_s32[2][MR] = {{s32_8_1, s32_8_2, s32_8_3, s32_8_4, s32_8_5, s32_8_6},
+                                      {s32_4_1, s32_4_2, s32_4_3, s32_4_4, s32_4_5, s32_4_6}};
+
+static void tile_f32(const etk_gemm_tile *t) { k_f32[t->bits == 4][t->rows - 1](t); }
+static void tile_s32(const etk_gemm_tile *t) { k_s32[t->bits == 4][t->rows - 1](t); }
