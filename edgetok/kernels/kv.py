@@ -166,7 +166,10 @@ class KVCache:
     def _place(self, layer: int, seq: int) -> tuple[int, int]:
         return _whole("layer", layer, 0, self.layers - 1), _whole("seq", seq, 0, self.batch - 1)
 
-    def append(self, layer: int, seq: int, k: Any, v: Any, pos: Any = None) -> None:
+    def append(
+        self, layer: int, seq: int, k: Any, v: Any, pos: Any = None, *, rope: tuple[Any, Any] | None = None,
+        first: int = 0, interleaved: bool = False,
+    ) -> None:  # fmt: skip
         """Append N tokens of one sequence in one layer.
 
         Args:
@@ -174,15 +177,22 @@ class KVCache:
             k: float32 or float16 [Hkv, N, d].
             v: float32 or float16 [Hkv, N, dv].
             pos: int32 or int64 [N] ascending positions; default the ones after the last.
+            rope: (cos, sin) float32 [P, width / 2] from ``rope_tables``: rotate the keys on their way in, the same as
+                ``rope`` before appending without another pass over them. first: position of row 0 of the tables.
+            interleaved: pairing, as ``rope``.
 
         Raises:
-            InputError: a shape or dtype, or positions that do not ascend.
+            InputError: a shape or dtype, positions that do not ascend, or one without a row in the tables.
             ResourceError: no page is left, or the sequence would pass ``max_tokens``; nothing is appended then.
         """
         layer, seq = self._place(layer, seq)
         k, v = numpy_from(k, "k"), numpy_from(v, "v")
         pos = None if pos is None else numpy_from(pos, "pos")
-        self._handle.pack(layer, seq, k, v, pos, pool(self._threads))
+        if rope is None:
+            self._handle.pack(layer, seq, k, v, pos, pool(self._threads))
+            return
+        cos, sin = numpy_from(rope[0], "cos"), numpy_from(rope[1], "sin")
+        self._handle.pack_rope(layer, seq, k, v, pos, cos, sin, first, interleaved, pool(self._threads))
 
     def attend(
         self,

@@ -92,6 +92,7 @@ _SIGNATURES = {
     "etk_kv_size": (_PTR, _PTR, _PTR),
     "etk_kv_init": (_PTR, _PTR, _U64, _PTR),
     "etk_kv_pack": (_PTR, _I32, _I32, _PTR, _PTR, _PTR, _PTR),
+    "etk_kv_pack_rope": (_PTR, _I32, _I32, _PTR, _PTR, _PTR, _PTR, _PTR, _I64, _I32, _PTR),
     "etk_kv_unpack": (_PTR, _I32, _I32, _I32, _I64, _I64, _I32, _PTR, _PTR),
     "etk_kv_truncate": (_PTR, _I32, _I64),
     "etk_kv_clear": (_PTR, _I32),
@@ -182,6 +183,14 @@ class Handle:
         """Append; see ``etk_kv_pack``."""
         tensors = (tensor(k), tensor(v), tensor(pos))
         return self.call("pack", layer, seq, *(ctypes.byref(t) for t in tensors), pool)
+
+    def pack_rope(
+        self, layer: int, seq: int, k: np.ndarray, v: np.ndarray, pos: np.ndarray | None, cos: np.ndarray,
+        sin: np.ndarray, first: int, interleaved: bool, pool: int | None,
+    ) -> int:  # fmt: skip
+        """Append with the keys rotated; see ``etk_kv_pack_rope``."""
+        tensors = [ctypes.byref(tensor(a)) for a in (k, v, pos, cos, sin)]
+        return self.call("pack_rope", layer, seq, *tensors, first, int(interleaved), pool)
 
     def unpack(
         self, layer: int, seq: int, head: int, slot: int, count: int, from_tail: bool

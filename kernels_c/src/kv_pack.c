@@ -7,31 +7,63 @@
 #include <string.h>
 
 #include "kv_tensor.h"
+#include "ops_kernel.h"
 #include "parallel.h"
+#include "tensor.h"
+
+/* Rotation of the keys on their way in. */
+typedef struct key_rope {
+  const etk_ops_kernel *ops;
+  const etk_tensor *cos_table, *sin_table;
+  int64_t table_first; /* position of row 0 of the tables */
+  int32_t interleaved;
+} key_rope;
 
 typedef struct pack_job {
   etk_kv_cache *c;
   int32_t layer, seq;
-  const etk_tensor *k, *v;
-  int64_t n;
+  const etk_tensor *k, *v, *pos;
+  const key_rope *rope; /* or NULL */
+  int64_t n, next;      /* tokens, and the position of the first one when pos is absent */
   int set_mu;      /* this call fills the first page */
   int32_t *note;   /* [hkv] non-finite values met */
 } pack_job;
 
-/* n rows of head h from token on as floats rounded to f16: kx [n][d_pad], vx [n][dv_pad]. */
+static int64_t read_pos(const etk_tensor *pos, int64_t i) {
+  const uint8_t *at = (const uint8_t *)pos->data + i * pos->stride[0];
+  return pos->dtype == ETK_I32 ? *(const int32_t *)(const void *)at : *(const int64_t *)(const void *)at;
+}
+
+/* Rows as above, rotated but not yet rounded; x steps by step bytes and may be out itself. */
+static void rotate_rows(const pack_job *job, const uint8_t *x, int64_t step, int64_t token, int64_t n, int64_t stride, float *out) {
+  const key_rope *r = job->rope;
+  int64_t row[KV_SLOTS];
+  for (int64_t j = 0; j < n; j++)
+    row[j] = (kv_absent(job->pos) ? job->next + token + j : read_pos(job->pos, token + j)) - r->table_first;
+  const etk_rope_arg arg = {.tokens = n, .heads = 1, .x = (const char *)x, .y = (char *)(void *)out, .x_token = step,
+                            .y_token = stride * (int64_t)sizeof *out, .cos_at = r->cos_table->data, .sin_at = r->sin_table->data,
+                            .table_step = r->cos_table->stride[0], .row = row, .d = job->c->desc.d,
+                            .rot = (int32_t)(2 * r->cos_table->dim[1]), .interleaved = r->interleaved};
+  r->ops->rope(&arg);
+}
+
+/* n <= 64 rows of head h from token on as floats rounded to f16: kx [n][d_pad], vx [n][dv_pad]. Keys are rotated first when the
+ * job says so: from the caller's rows into scratch, which is then in L1 for the rounding. */
 static int32_t load_rows(const pack_job *job, const etk_tensor *t, int32_t h, int64_t token, int64_t n, int32_t width, int64_t stride,
                          float *out) {
   const etk_kv_kernel *kern = kv_kern(job->c);
   const uint8_t *base = (const uint8_t *)t->data + h * t->stride[0] + token * t->stride[1];
+  const int rotate = job->rope && t == job->k, f32 = t->dtype == ETK_F32;
+  float *at = out;
   int32_t note = 0;
-  for (int64_t j = 0; j < n; j++, base += t->stride[1], out += stride) {
-    if (t->dtype == ETK_F32) {
-      note |= kern->round_f16((const float *)(const void *)base, width, NULL, out);
-    } else {
-      kern->widen_f16((const uint16_t *)(const void *)base, width, out);
-      note |= kern->round_f16(out, width, NULL, out); /* f16 infinities and NaN */
-    }
+  if (rotate && f32) rotate_rows(job, base, t->stride[1], token, n, stride, out);
+  for (int64_t j = 0; j < n && !(rotate && f32); j++, base += t->stride[1], at += stride) {
+    if (!f32) kern->widen_f16((const uint16_t *)(const void *)base, width, at);
+    if (!rotate) note |= kern->round_f16(f32 ? (const float *)(const void *)base : at, width, NULL, at); /* f16: infinities, NaN */
   }
+  if (!rotate) return note;
+  if (!f32) rotate_rows(job, (const uint8_t *)out, stride * (int64_t)sizeof *out, token, n, stride, out);
+  for (int64_t j = 0; j < n; j++) note |= kern->round_f16(out + j * stride, width, NULL, out + j * stride);
   return note;
 }
 
@@ -75,11 +107,6 @@ static void pack_head(void *arg, int64_t task, int worker) {
   job->note[h] = note;
 }
 
-static int64_t read_pos(const etk_tensor *pos, int64_t i) {
-  const uint8_t *at = (const uint8_t *)pos->data + i * pos->stride[0];
-  return pos->dtype == ETK_I32 ? *(const int32_t *)(const void *)at : *(const int64_t *)(const void *)at;
-}
-
 static etk_status check_pos(const etk_tensor *pos, int64_t n, int64_t next) {
   if (kv_absent(pos)) return next + n > INT32_MAX ? ETK_E_RANGE : ETK_OK;
   int64_t dim[1] = {n}, last = next - 1;
@@ -105,8 +132,10 @@ static int64_t pages_needed(const etk_kv_cache *c, int32_t layer, int32_t seq, i
 }
 
 /* Tables after the heads are written: positions, masks, counts. */
-static void commit(const pack_job *job, const etk_tensor *pos, int64_t next) {
+static void commit(const pack_job *job) {
   etk_kv_cache *c = job->c;
+  const etk_tensor *pos = job->pos;
+  const int64_t next = job->next;
   for (int32_t t = 0; t < c->tables; t++) {
     int64_t row = kv_row(c, job->layer, job->seq, t), start = c->seq_k[row], end = start + job->n;
     int32_t *at = kv_pos(c, row) + start;
@@ -129,8 +158,20 @@ static void commit(const pack_job *job, const etk_tensor *pos, int64_t next) {
 /* 4096 heads at most; the notes of one call live on the stack. */
 enum { MAX_HEADS = 4096 };
 
-etk_status etk_kv_pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k, const etk_tensor *v, const etk_tensor *pos,
-                       const etk_pool *pool) {
+static etk_status check_rope(const key_rope *r, int32_t d, const etk_tensor *pos, int64_t n, int64_t next) {
+  etk_status status = etk_tensor_in(r->cos_table, 2, ETK_DT(ETK_F32));
+  if (!status) status = etk_tensor_in(r->sin_table, 2, ETK_DT(ETK_F32));
+  if (status) return status;
+  const int64_t rows = r->cos_table->dim[0], half = r->cos_table->dim[1];
+  if (r->sin_table->dim[0] != rows || r->sin_table->dim[1] != half || 2 * half > d) return ETK_E_SHAPE;
+  if (rows > 1 && r->cos_table->stride[0] != r->sin_table->stride[0]) return ETK_E_STRIDE;
+  if (n == 0) return ETK_OK;
+  const int64_t lo = kv_absent(pos) ? next : read_pos(pos, 0), hi = kv_absent(pos) ? next + n - 1 : read_pos(pos, n - 1);
+  return r->table_first < 0 || lo < r->table_first || hi - r->table_first >= rows ? ETK_E_RANGE : ETK_OK;
+}
+
+static etk_status pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k, const etk_tensor *v, const etk_tensor *pos,
+                       const key_rope *rope, const etk_pool *pool) {
   etk_status status = kv_check(cache);
   if (status < 0) return status;
   if (!k || !v) return ETK_E_NULL;
@@ -142,6 +183,7 @@ etk_status etk_kv_pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const et
   if ((status = kv_tensor_check(v, 3, v_dim, ETK_F32, ETK_F16)) < 0) return status;
   int64_t lb = (int64_t)layer * d->batch + seq, next = cache->next_pos[lb];
   if ((status = check_pos(pos, n, next)) < 0) return status;
+  if (rope && (status = check_rope(rope, d->d, pos, n, next)) < 0) return status;
   if (n == 0) return ETK_OK;
   int64_t need = pages_needed(cache, layer, seq, n);
   if (need < 0 || need > cache->n_free) return ETK_E_FULL;
@@ -151,13 +193,27 @@ etk_status etk_kv_pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const et
   }
   int32_t note[MAX_HEADS];
   int64_t first = cache->seq_k[kv_row(cache, layer, seq, 0)] + n;
-  pack_job job = {cache, layer, seq, k, v, n, !cache->mu_set[lb] && first >= KV_SLOTS, note};
+  pack_job job = {cache, layer, seq, k, v, pos, rope, n, next, !cache->mu_set[lb] && first >= KV_SLOTS, note};
   if (etk_parallel(n > 1 ? pool : NULL, d->threads, pack_head, &job, d->hkv) < 0)
     for (int32_t h = 0; h < d->hkv; h++) pack_head(&job, h, 0); /* also after a pool that gave up: the writes repeat exactly */
-  commit(&job, pos, next);
+  commit(&job);
   int32_t any = 0;
   for (int32_t h = 0; h < d->hkv; h++) any |= note[h];
   return any ? ETK_NOTE_NONFINITE : ETK_OK;
+}
+
+etk_status etk_kv_pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k, const etk_tensor *v, const etk_tensor *pos,
+                       const etk_pool *pool) {
+  return pack(cache, layer, seq, k, v, pos, NULL, pool);
+}
+
+etk_status etk_kv_pack_rope(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k, const etk_tensor *v,
+                            const etk_tensor *pos, const etk_tensor *cos_table, const etk_tensor *sin_table, int64_t table_first,
+                            int32_t interleaved, const etk_pool *pool) {
+  if (!cos_table || !sin_table) return ETK_E_NULL;
+  if (interleaved != 0 && interleaved != 1) return ETK_E_RANGE;
+  const key_rope rope = {etk_ops_kernel_pick(), cos_table, sin_table, table_first, interleaved};
+  return rope.ops ? pack(cache, layer, seq, k, v, pos, &rope, pool) : ETK_E_ISA;
 }
 
 static void copy_out(etk_tensor *t, int64_t at, int64_t n, const float *rows, int64_t stride) {

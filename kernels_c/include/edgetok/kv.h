@@ -95,6 +95,14 @@ ETK_API ETK_MUST_USE etk_status etk_kv_init(const etk_kv_desc *desc, void *arena
 ETK_API ETK_MUST_USE etk_status etk_kv_pack(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k,
                                             const etk_tensor *v, const etk_tensor *pos, const etk_pool *pool);
 
+/* The same with rotary embedding of the keys on their way in, page by page in cache: k is what etk_rope would give for it at
+ * these positions, then packed. cos_table, sin_table f32 [P, rot / 2], row 0 for position table_first; interleaved as etk_rope.
+ * Also ETK_E_RANGE: a position without a row. */
+ETK_API ETK_MUST_USE etk_status etk_kv_pack_rope(etk_kv_cache *cache, int32_t layer, int32_t seq, const etk_tensor *k,
+                                                 const etk_tensor *v, const etk_tensor *pos, const etk_tensor *cos_table,
+                                                 const etk_tensor *sin_table, int64_t table_first, int32_t interleaved,
+                                                 const etk_pool *pool);
+
 /* Slots slot .. slot + n - 1 of one KV head as floats: k [n, d], v [n, dv] f32, either may be NULL. Slots whose page is still
  * in the tail are given from there when from_tail is 1 (the values attention reads for a query of that page), else
  * quantized ones wherever there are any. ETK_E_NULL, ETK_E_RANGE, ETK_E_SHAPE, ETK_E_DTYPE, ETK_E_STRIDE, ETK_E_OVERFLOW. */
