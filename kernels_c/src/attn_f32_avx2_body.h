@@ -9,13 +9,13 @@
 INLINE void qkf_keys(const etk_strip *s, int32_t key, float *out, int R, int nv) {
   __m256 acc[MR][4];
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < nv; j++) acc[i][j] = _mm256_setzero_ps();
-  const float *k = (const float *)s->k + key, *q = s->qf;
   const int64_t stride = s->d_pad;
-  for (int32_t c = 0; c < s->d_pad; c++, k += 64, q++) {
+  const float *k = (const float *)s->k + key, *q = s->qf, *q3 = q + 3 * stride;
+  for (int32_t c = 0; c < s->d_pad; c++, k += 64, q++, q3++) {
     __m256 kv[4];
     UNROLL for (int j = 0; j < nv; j++) kv[j] = _mm256_load_ps(k + 8 * j);
     UNROLL for (int i = 0; i < R; i++) {
-      const __m256 b = _mm256_broadcast_ss(q + i * stride);
+      const __m256 b = _mm256_broadcast_ss(i < 3 ? q + i * stride : q3 + (i - 3) * stride);
       UNROLL for (int j = 0; j < nv; j++) FMA(acc[i][j], b, kv[j]);
     }
   }

@@ -98,13 +98,13 @@ INLINE void qk_keys(const etk_strip *s, int32_t key, int32_t *out, int R, int nv
   __m256i acc[MR][4];
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < nv; j++) acc[i][j] = _mm256_set1_epi32(s->q_start[i]);
   const uint8_t *k = (const uint8_t *)s->k + key * 4;
-  const int8_t *q = s->q;
   const int64_t stride = s->d_pad;
-  for (int32_t c = 0; c < s->d_pad; c += 4, k += 256, q += 4) {
+  const int8_t *q = s->q, *q3 = q + 3 * stride; /* two pointers and a stride reach six rows: no more fit the registers */
+  for (int32_t c = 0; c < s->d_pad; c += 4, k += 256, q += 4, q3 += 4) {
     qk_vec kv[4];
     UNROLL for (int j = 0; j < nv; j++) kv[j] = QK_VEC(_mm256_load_si256((const __m256i *)(k + 32 * j)));
     UNROLL for (int i = 0; i < R; i++) {
-      const __m256i b = quad_of(q + i * stride);
+      const __m256i b = quad_of(i < 3 ? q + i * stride : q3 + (i - 3) * stride);
       UNROLL for (int j = 0; j < nv; j++) QK_DOT(acc[i][j], kv[j], b);
     }
   }
