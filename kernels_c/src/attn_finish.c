@@ -41,6 +41,13 @@ static void write_row(const attn_job *j, const attn_piece *piece, int64_t row, c
   for (int32_t c = 0; c < dv; c++) out[c] *= gate[j->gate.cols == 1 ? 0 : c];
 }
 
+/* Output rows are far away as well; owning their lines takes longer than filling them. */
+static void own_row(const attn_job *j, const attn_piece *piece, int32_t i) {
+  if (i >= piece->n || !j->o.data) return;
+  char *out = attn_at(&j->o, piece->b, piece->h, piece->seq->q0 + attn_output_row(j, piece->b, piece->h, piece->r0 + i));
+  for (int32_t at = 0; at < j->desc->dv * 4; at += 64) __builtin_prefetch(out + at, 1);
+}
+
 void attn_finish(attn_job *j, attn_lane *lane, const attn_piece *piece, float unit) {
   const int want_lse = j->lse.data || j->plan->second;
   float share[ATTN_ROWS];
@@ -50,7 +57,9 @@ void attn_finish(attn_job *j, attn_lane *lane, const attn_piece *piece, float un
     for (int32_t i = 0; i < piece->n; i++) lane->g[i] = lane->l[i] > 0.0f ? 1.0f / lane->l[i] : 0.0f;
     attn_add_sink(j, piece, unit, lane->m, lane->l, share);
   }
+  for (int32_t i = 0; i < 8; i++) own_row(j, piece, i);
   for (int32_t i = 0; i < piece->n; i++) {
+    own_row(j, piece, i + 8);
     const int64_t row = attn_output_row(j, piece->b, piece->h, piece->r0 + i);
     const float *o = lane->o + (int64_t)i * j->plan->dv_pad;
     const int none = !(lane->l[i] > 0.0f);

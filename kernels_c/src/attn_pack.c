@@ -47,6 +47,17 @@ static const attn_seq *find_page(const attn_job *j, int64_t gp, int64_t *b, int6
   return s;
 }
 
+/* Ask for the rows of the page after this one: packing reads each page in stripes, which no hardware foresees. */
+static void fetch_next(const attn_job *j, const attn_view *v, const attn_seq *s, int64_t b, int64_t hk, int64_t page, int32_t d) {
+  const int64_t s0 = (page + 1) * ETK_PAGE, left = s->slots - s0;
+  const int64_t bytes = d * (v->dtype == ETK_F32 ? 4 : 2);
+  if (attn_slots(j, b, hk)) return;
+  for (int64_t i = 0; i < left && i < ETK_PAGE; i++) {
+    const char *x = attn_at(v, b, hk, s->k0 + s0 + i);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(x + at, 0, 2);
+  }
+}
+
 /* The rows of a page as f32 with a stride in floats: the tensor itself where it can be read in place, else a copy in tmp
  * [64][d] with rows that do not exist left out of *valid. */
 static const float *page_rows(const attn_job *j, const attn_view *v, const attn_seq *s, int64_t b, int64_t hk, int64_t page,
@@ -74,16 +85,20 @@ static const float *page_rows(const attn_job *j, const attn_view *v, const attn_
   return tmp;
 }
 
-static void add_rows(const float *x, int64_t stride, int32_t n, uint64_t valid, int32_t d, float *restrict sum) {
+/* Column sums of the valid rows; where something is not finite, of what is. */
+static void add_rows(const float *restrict x, int64_t stride, int32_t n, uint64_t valid, int32_t d, float *restrict sum) {
+  int32_t i = 0;
   memset(sum, 0, (size_t)d * 4);
-  for (int32_t i = 0; i < n; i++) {
-    const float *restrict row = x + i * stride;
-    if (!(valid >> i & 1)) continue;
-    if (all_finite(row, d))
-      for (int32_t c = 0; c < d; c++) sum[c] += row[c];
-    else
-      for (int32_t c = 0; c < d; c++) sum[c] += isfinite(row[c]) ? row[c] : 0.0f;
+  for (; i + 4 <= n && (valid >> i & 15) == 15; i += 4) {
+    const float *a = x + i * stride, *b = a + stride, *c = b + stride, *e = c + stride;
+    for (int32_t k = 0; k < d; k++) sum[k] += (a[k] + b[k]) + (c[k] + e[k]);
   }
+  for (; i < n; i++)
+    for (int32_t k = 0; (valid >> i & 1) && k < d; k++) sum[k] += x[i * stride + k];
+  if (all_finite(sum, d)) return;
+  memset(sum, 0, (size_t)d * 4);
+  for (i = 0; i < n; i++)
+    for (int32_t k = 0; (valid >> i & 1) && k < d; k++) sum[k] += isfinite(x[i * stride + k]) ? x[i * stride + k] : 0.0f;
 }
 
 static void sum_task(void *arg, int64_t gp, int worker) {
@@ -207,6 +222,8 @@ static void pack_task(void *arg, int64_t gp, int worker) {
   uint64_t valid;
   if (j->sparse_pack && !j->needed[gp]) return;
   const attn_seq *s = find_page(j, gp, &b, &hk, &page);
+  fetch_next(j, &j->k, s, b, hk, page, d);
+  if (!j->weights) fetch_next(j, &j->v, s, b, hk, page, j->desc->dv);
   const float *x = page_rows(j, &j->k, s, b, hk, page, d, lane.kx, &stride, &n, &valid);
   void *out = j->kpages + (uint64_t)gp * p->kbytes;
   if (p->int8_qk) {

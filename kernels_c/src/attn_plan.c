@@ -37,6 +37,7 @@ static uint64_t carve_lane(const etk_attn_plan *p, uint8_t *base, attn_lane *lan
   PIECE(kx, ETK_PAGE * d);
   PIECE(vx, ETK_PAGE * dv);
   PIECE(tiles, (uint64_t)p->max_pages);
+  PIECE(strips, r);
   PIECE(own.qf, p->int8_qk ? 0 : r * d);
 #undef PIECE
   return c.bad ? UINT64_MAX : c.used;

@@ -146,6 +146,7 @@ typedef struct attn_lane {
   float *zero;          /* [16][16] an O that nobody reads */
   float *x, *kx, *vx;   /* [1][d_pad], [64][d_pad], [64][dv_pad] rows as f32 */
   attn_tile *tiles;     /* [max_pages] */
+  etk_strip *strips;    /* [64] those of the piece, with what does not change from page to page */
 } attn_lane;
 
 attn_lane attn_lane_at(const attn_job *job, int worker);

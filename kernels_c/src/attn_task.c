@@ -46,6 +46,14 @@ static void load_float_row(const attn_job *j, const float *x, float *restrict qf
   memset(qf + d, 0, (size_t)(j->plan->d_pad - d) * 4);
 }
 
+/* Rows are read once and from far away: ask for them early. */
+static void fetch_row(const attn_job *j, const attn_piece *piece, int32_t i) {
+  if (i >= piece->n) return;
+  const char *x = attn_at(&j->q, piece->b, piece->h, piece->seq->q0 + attn_query_row(j, piece->b, piece->h, piece->r0 + i));
+  const int32_t bytes = j->desc->d * (j->q.dtype == ETK_F32 ? 4 : 2);
+  for (int32_t at = 0; at < bytes; at += 64) __builtin_prefetch(x + at);
+}
+
 void attn_load_piece(attn_job *j, attn_lane *lane, attn_piece *piece) {
   const etk_attn_plan *p = j->plan;
   const attn_seq *s = piece->seq;
@@ -54,6 +62,7 @@ void attn_load_piece(attn_job *j, attn_lane *lane, attn_piece *piece) {
   int32_t any_bad = 0;
   piece->pos_min = INT64_MAX, piece->pos_max = INT64_MIN;
   for (int32_t i = 0; i < piece->n; i++) {
+    fetch_row(j, piece, i + 8);
     const int64_t row = attn_query_row(j, piece->b, piece->h, piece->r0 + i);
     const float *x = attn_row_f32(&j->q, attn_at(&j->q, piece->b, piece->h, s->q0 + row), d, lane->x);
     int32_t bad = 0;
@@ -80,22 +89,28 @@ static int strip_mask(const uint64_t *mask, int32_t rows) {
   return !any ? 0 : all == ~UINT64_C(0) ? 1 : 2;
 }
 
-/* INT8 throughout or f32 throughout, nothing added to the logits: the fused strip. */
+/* INT8 throughout or f32 throughout, nothing added to the logits: the fused strip. What a strip is told changes from page
+ * to page in five fields only. */
 static void walk_fused(const attn_job *j, attn_lane *lane, const attn_piece *piece, int64_t ntiles) {
   void (*const strip)(const etk_strip *) = j->plan->int8_qk ? j->kernel->strip_s8 : j->kernel->strip_f32;
   const int32_t mr = j->kernel->mr, n = piece->n;
-  etk_strip a;
+  etk_strip page;
   for (int64_t t = 0; t < ntiles; t++) {
     const attn_tile *tile = lane->tiles + t;
-    attn_strip_page(j, piece, tile, lane, &a);
+    attn_strip_page(j, piece, tile, lane, &page);
+    if (t == 0)
+      for (int32_t row = 0, i = 0; row < n; row += mr, i++) {
+        lane->strips[i] = page;
+        attn_strip_rows(j, piece, lane, row, n - row < mr ? n - row : mr, &lane->strips[i]);
+      }
     if (tile->masked) attn_mask_words(j, piece, tile, lane->mask);
-    for (int32_t row = 0; row < n; row += mr) {
-      const int32_t rows = n - row < mr ? n - row : mr;
-      const int seen = tile->masked ? strip_mask(lane->mask + row, rows) : 1;
+    etk_strip *a = lane->strips;
+    for (int32_t row = 0; row < n; row += mr, a++) {
+      const int seen = tile->masked ? strip_mask(lane->mask + row, a->rows) : 1;
       if (!seen) continue;
-      a.mask = seen == 2 ? lane->mask + row : NULL;
-      attn_strip_rows(j, piece, lane, row, rows, &a);
-      strip(&a);
+      a->k = page.k, a->v = page.v, a->sv = page.sv, a->v_colsum = page.v_colsum;
+      a->mask = seen == 2 ? lane->mask + row : NULL;
+      strip(a);
     }
   }
 }
