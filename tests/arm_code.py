@@ -21,7 +21,7 @@ OBJDUMP = "aarch64-linux-gnu-objdump"
 SYSROOT = "/usr/aarch64-linux-gnu"
 # What counts as a multiply-accumulate, by kernel.
 MACS = {
-    "neon": ("smull", "smlal2", "sadalp"),
+    "neon": ("smull", "smull2", "smlal", "smlal2", "sadalp"),
     "neondot": ("sdot",),
     "neoni8mm": ("smmla", "usmmla"),
     "f32": ("fmla",),
@@ -62,8 +62,8 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hottest(code: list[Instruction], macs: tuple[str, ...]) -> list[Instruction]:
-    """The innermost loop with the most multiply-accumulates."""
-    return max(innermost_loops(code), key=lambda body: sum(i.name in macs for i in body))
+    """The innermost loop with the most multiply-accumulates, the shortest of those."""
+    return max(innermost_loops(code), key=lambda body: (sum(i.name in macs for i in body), -len(body)))
 
 
 def executed(program: Path, item: str, cpu: str = "max") -> dict[str, Counter[str]]:
@@ -100,9 +100,12 @@ def main(folder: str) -> None:
     objects = built / "CMakeFiles" / "edgetok_objects.dir" / "src"
     print("hot loops: kernel, function, instructions, multiply-accumulates, share, loads, stores")
     for isa in ("neon", "neondot", "neoni8mm"):
-        name = f"attn_s8_{isa}_8x64"
-        for function in ("qk_s8", "pv_rows", "qk_f32", "pv_scaled_f32"):
-            macs = MACS["f32"] if function.endswith("f32") else MACS[isa]
+        parts = {
+            f"attn_s8_{isa}_8x64": ("qk_s8", "pv_rows", "qk_f32", "pv_scaled_f32"),
+            f"gemm_s8_{isa}_8x16": ("tile_f32", "tile_s32"),
+        }
+        for name, function in ((name, function) for name, functions in parts.items() for function in functions):
+            macs = MACS["f32"] if name.startswith("attn") and function.endswith("f32") else MACS[isa]
             body = hottest(disassembly(objects / f"{name}.c.o", function), macs)
             n = sum(i.name in macs for i in body)
             loads = sum(i.name.startswith("ld") for i in body)

@@ -3,24 +3,14 @@
 #ifndef ETK_ATTN_NEON_BASE_H
 #define ETK_ATTN_NEON_BASE_H
 
-#include <arm_neon.h>
 #include <float.h>
 #include <math.h>
-#include <stddef.h>
 #include <string.h>
 
 #include "attn_kernel.h"
 #include "attn_lut.h"
 #include "half.h"
-
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define ROLLED _Pragma("clang loop unroll(disable)")
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#define ROLLED _Pragma("GCC unroll 1") /* a loop of constant length that GCC would otherwise unroll into spills */
-#endif
+#include "neon_macros.h"
 
 enum { STRIP = 8 /* mr */, MAX_WIDTH = 1024 /* d_pad, dv_pad */ };
 

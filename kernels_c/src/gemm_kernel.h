@@ -6,7 +6,7 @@
  * by the scalar and all x86 kernels, nr = 64): 8 bits [len/4][64 columns][4 k]; 4 bits [len/8][64 columns][4 bytes], the byte's low
  * nibble for k = 0..3 and its high nibble for k = 4..7 of the eight.
  *
- * Activations of a tile of rows <= mr: s8 codes [k/4][rows][4] (u8 codes less 128), padding 0. */
+ * Activations of a tile of rows <= mr: s8 codes [k/4][rows][4] (layout 4: [k/8][rows][8]; u8 codes less 128), padding 0. */
 #ifndef ETK_GEMM_KERNEL_H
 #define ETK_GEMM_KERNEL_H
 
@@ -66,7 +66,8 @@ typedef struct etk_gemm_quant {
 typedef struct etk_gemm_kernel {
   const char *name;  /* as in kernels.def */
   int32_t isa;       /* ETK_ISA_* */
-  int32_t layout;    /* 1 quads; 2.. free for other families; recorded in packed weights */
+  int32_t layout;    /* 1 quads; 2 NEON dot, 4 other NEON (gemm_neon_octets.h); recorded in packed weights, so the next ones
+                      * also differ from these in two bits: a flipped bit is then no other layout */
   int32_t mr, nr;    /* nr a multiple of 16 */
   int32_t bias8;     /* the 8-bit operand is u - bias8 (0 on x86, 128 where operands are s8); 4-bit operands are u */
 

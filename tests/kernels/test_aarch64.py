@@ -23,14 +23,19 @@ CPUS = {"max": "neoni8mm", "neoverse-n1": "neondot", "cortex-a72": "neon"}
 BELOW = {"neoni8mm": ("neoni8mm", "neondot", "neon"), "neondot": ("neondot", "neon"), "neon": ("neon",)}
 # Hot loops as GCC 12 compiles them: instructions of the loop, multiply-accumulates among them.
 LOOPS = {
-    ("neon", "qk_s8"): (62, 48),
-    ("neon", "pv_rows"): (63, 48),
-    ("neondot", "qk_s8"): (82, 64),
-    ("neondot", "pv_rows"): (85, 64),
-    ("neoni8mm", "qk_s8"): (26, 16),
-    ("neoni8mm", "pv_rows"): (26, 16),
-    ("neondot", "qk_f32"): (82, 64),
-    ("neondot", "pv_scaled_f32"): (85, 64),
+    ("attn_s8_neon_8x64", "qk_s8"): (62, 48),
+    ("attn_s8_neon_8x64", "pv_rows"): (63, 48),
+    ("attn_s8_neondot_8x64", "qk_s8"): (82, 64),
+    ("attn_s8_neondot_8x64", "pv_rows"): (85, 64),
+    ("attn_s8_neoni8mm_8x64", "qk_s8"): (26, 16),
+    ("attn_s8_neoni8mm_8x64", "pv_rows"): (26, 16),
+    ("attn_s8_neondot_8x64", "qk_f32"): (82, 64),
+    ("attn_s8_neondot_8x64", "pv_scaled_f32"): (85, 64),
+    ("gemm_s8_neon_8x16", "tile_f32"): (68, 48),
+    ("gemm_s8_neondot_8x16", "tile_f32"): (41, 32),
+    ("gemm_s8_neondot_8x16", "tile_s32"): (41, 32),
+    ("gemm_s8_neoni8mm_8x16", "tile_f32"): (24, 16),
+    ("gemm_s8_neoni8mm_8x16", "tile_s32"): (24, 16),
 }
 # Instructions executed by four strips of 8 rows x 64 keys, d = dv = 64, tests/arm_code.py prints them by part.
 EXECUTED = {
@@ -124,14 +129,14 @@ def counted(built: Path) -> Path:
     return built
 
 
-@pytest.mark.parametrize(("isa", "function"), LOOPS)
-def test_hot_loop_multiplies_and_spills_nothing(counted: Path, isa: str, function: str) -> None:
+@pytest.mark.parametrize(("kernel", "function"), LOOPS)
+def test_hot_loop_multiplies_and_spills_nothing(counted: Path, kernel: str, function: str) -> None:
     """Nothing ARM is timed, so what can be held is that the loop is made of what it should be made of."""
-    code = counted / "CMakeFiles" / "edgetok_objects.dir" / "src" / f"attn_s8_{isa}_8x64.c.o"
-    macs = arm_code.MACS["f32" if function.endswith("f32") else isa]
-    body = arm_code.hottest(arm_code.disassembly(code, function), macs)
-    length, multiplies = LOOPS[isa, function]
-    assert sum(i.name in macs for i in body) == multiplies
+    code = counted / "CMakeFiles" / "edgetok_objects.dir" / "src" / f"{kernel}.c.o"
+    isa = "f32" if kernel.startswith("attn") and function.endswith("f32") else kernel.split("_")[2]
+    body = arm_code.hottest(arm_code.disassembly(code, function), arm_code.MACS[isa])
+    length, multiplies = LOOPS[kernel, function]
+    assert sum(i.name in arm_code.MACS[isa] for i in body) == multiplies
     assert not [i for i in body if i.name in arm_code.STORES]
     assert len(body) <= length * (1 + TOLERANCE)
 
