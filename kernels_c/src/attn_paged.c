@@ -446,9 +446,11 @@ static void place(paged_run *r, const sizes *s, uint8_t *ws) {
 
 
 /* The kernel that takes the pages of a chunk at once, where there is one for this layout and the plan's cap allows it. */
-static void (*whole_chunk(const etk_kv_cache *c, const etk_attn_kernel *kernel))(const etk_kv_chunk *) {
+static void (*whole_chunk(const etk_kv_cache *c, const etk_attn_kernel *kernel, int32_t compute))(const etk_kv_chunk *) {
   const etk_kv_kernel *k = kv_kern(c);
-  if (c->layout != 1 || kernel->p_max != 255 || k->isa > kernel->isa) return NULL;
+  if (k->isa > kernel->isa) return NULL;
+  if (c->desc.bits == 16) return k->chunk_f16;
+  if (c->layout != 1 || kernel->p_max != 255 || compute != ETK_C_S8S8) return NULL;
   if (c->desc.bits == 8) return k->chunk_s8;
   return c->desc.bits == 4 && c->dv_pad % 32 == 0 ? k->chunk_s4 : NULL;
 }
@@ -467,7 +469,7 @@ etk_status etk_paged_run(const etk_attn_desc *desc, const etk_attn_kernel *kerne
                  .dv_pad = c->dv_pad, .general = adjusts | by_hand << 1, .n = io->q.dim[2],
                  .n_sel = io->gather.data ? io->gather.dim[2] : 0, .workers = nthreads};
   r.geometry = kv_page_geometry(c);
-  r.whole = r.general || desc->compute != ETK_C_S8S8 ? NULL : whole_chunk(c, kernel);
+  r.whole = r.general ? NULL : whole_chunk(c, kernel, desc->compute);
   r.rows_max = unit_rows(r.group) * r.group;
   r.tau2 = (desc->scale != 0.0f ? desc->scale : 1.0f / sqrtf((float)desc->d)) * LOG2E;
   r.inv_p = 1.0f / (float)kernel->p_max;

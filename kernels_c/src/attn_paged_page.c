@@ -294,16 +294,17 @@ static int whole_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, i
   int64_t after = last < end ? paged_page(r, u, last) : -1;
   pages[n] = after >= 0 && after <= u->own && !is_tail(u, after) ? kv_page_at(c, blocks[after], u->h) : NULL;
   if (!n) return 0;
-  const etk_kv_chunk chunk = {.rows = rows, .d_pad = r->d_pad, .dv_pad = r->dv_pad, .n_pages = n, .pages = pages,
+  const etk_kv_chunk chunk = {.rows = rows, .d = r->desc->d, .d_pad = r->d_pad, .dv_pad = r->dv_pad, .n_pages = n, .pages = pages,
                               .masks = masked ? a->masks : NULL, .v_scale = r->geometry.v_scale, .k = r->geometry.k, .v = r->geometry.v,
-                              .q = a->q, .codes = a->codes, .start = a->start, .gq = a->gq, .tau2 = r->tau2,
+                              
+                              .q = c->desc.bits == 16 ? a->qf : a->q, .codes = a->codes, .start = a->start, .gq = a->gq, .tau2 = r->tau2,
                               .skip_log2 = r->desc->tile_skip_log2, .p_order = r->kernel->p_order, .m = a->m, .l = a->l, .o = a->o};
   r->whole(&chunk);
   return 1;
 }
 
 int paged_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, int32_t chunk) {
-  int32_t rows = u->n * r->group, seen = 0, tail = chunk == u->chunks, ints = !tail && r->whole;
+  int32_t rows = u->n * r->group, seen = 0, tail = chunk == u->chunks, whole = !tail && r->whole, ints = whole && r->cache->desc.bits != 16;
   int64_t end = r->io->gather.data ? r->n_sel : (int64_t)u->own + 1, first = tail ? 0 : (int64_t)chunk * PAGED_SPLIT;
   int64_t last = tail || first + PAGED_SPLIT > end ? end : first + PAGED_SPLIT;
   for (int32_t i = 0; i < rows; i++) {
@@ -312,7 +313,7 @@ int paged_chunk(const paged_run *r, paged_lane *a, const paged_unit *u, int32_t 
   }
   memset(a->o, 0, (size_t)rows * (size_t)r->dv_pad * 4);
   if (tail) first = r->io->gather.data ? 0 : u->own;
-  if (ints) {
+  if (whole) {
     seen = whole_chunk(r, a, u, first, last, end);
     first = last;
   }

@@ -4,6 +4,34 @@
 
 #include "kv_kernel.h"
 
+#define INLINE static inline __attribute__((always_inline))
+
+enum { GROUP = 8 /* rows that pass over a page together */, AHEAD = 64 /* lines: what the reads keep in flight */ };
+
+/* Where to ask for lines: `at` now, and `then` once `left` of them are through. */
+typedef struct ahead {
+  const uint8_t *at, *then;
+  int32_t left;
+} ahead;
+
+INLINE void ask(ahead *p, int lines) {
+  if (p->left <= 0) {
+    p->at = p->then;
+    p->left = INT32_MAX;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(p->at + 64 * i), _MM_HINT_T0);
+  p->at += 64 * lines;
+  p->left -= lines;
+}
+
+/* Lines to ask for while `here` (n lines) is read and `then` follows: AHEAD lines further along. */
+INLINE ahead follow(const uint8_t *here, int32_t n, const uint8_t *then) {
+  if (!then) then = here;
+  if (n <= AHEAD) return (ahead){then + 64 * (AHEAD - n), then, INT32_MAX};
+  return (ahead){here + 64 * AHEAD, then, n - AHEAD};
+}
+
 static inline __mmask16 first_lanes(int64_t n) { return (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 
 static int32_t round_f16(const float *x, int64_t n, uint16_t *h, float *y) {

@@ -8,11 +8,11 @@
 
 /* Rows over the pages of a chunk: the INT8 strip law of attn_kernel.h page after page, tile skipping row by row. */
 typedef struct etk_kv_chunk {
-  int32_t rows, d_pad, dv_pad, n_pages;
+  int32_t rows, d, d_pad, dv_pad, n_pages;
   const uint8_t *const *pages;  /* [n_pages], and one more that is only asked for from memory, or NULL */
   const uint64_t *masks;        /* [n_pages][rows] visible slots; NULL = all */
   uint64_t v_scale, k, v;       /* offsets in a page; K scales are at 0 */
-  const float *q;               /* INT4: [rows][d_pad], to be folded */
+  const float *q;               /* [rows][d_pad]; INT4: to be folded; f16: times scale * LOG2E */
   const int8_t *codes;          /* INT8: [rows][d_pad] */
   const int32_t *start;         /* INT8: [rows] */
   const float *gq;              /* INT8: [rows] scale * LOG2E * sq */
@@ -39,6 +39,7 @@ typedef struct etk_kv_kernel {
    * strips of the attention kernel are used instead. */
   void (*chunk_s8)(const etk_kv_chunk *a);
   void (*chunk_s4)(const etk_kv_chunk *a);
+  void (*chunk_f16)(const etk_kv_chunk *a); /* l in natural units */
 } etk_kv_kernel;
 
 /* The best kernel at or under isa_cap; never NULL: every CPU runs the scalar one. */

@@ -8,32 +8,12 @@
  * so the order of work keeps loads going: S of page t + 1 comes before P V of page t, which gives the softmax of each page a
  * stream of independent loads to hide behind, and every line read asks for one that is 4 KiB further along the pages. Many
  * rows are bound by vpdpbusd. */
-#include "kv_avx512_body.h"
-
 #include <math.h>
 
+#include "kv_avx512_body.h"
+#include "kv_f16_avx512_body.h"
+
 #include "attn_lut.h"
-
-#define INLINE static inline __attribute__((always_inline))
-
-enum { GROUP = 8 /* rows that pass over a page together */ };
-
-/* Where to ask for lines: `at` now, and `then` once `left` of them are through. */
-typedef struct ahead {
-  const uint8_t *at, *then;
-  int32_t left;
-} ahead;
-
-INLINE void ask(ahead *p, int lines) {
-  if (p->left <= 0) {
-    p->at = p->then;
-    p->left = INT32_MAX;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(p->at + 64 * i), _MM_HINT_T0);
-  p->at += 64 * lines;
-  p->left -= lines;
-}
 
 /* Codes of 16 keys x 4 channels; four = nibbles: vectors 2i and 2i + 1 come from line i. */
 INLINE void load_pair(const uint8_t *at, const int four, __m512i *x, __m512i *y) {
@@ -101,18 +81,7 @@ INLINE __m512i index_of(__m512i top, const int32_t *s, __m512 step) {
   return _mm512_cvtps_epi32(_mm512_min_ps(x, _mm512_set1_ps(255.0f)));
 }
 
-/* 2^x for x <= 0, within two units in the last place; 0 below -150. Taylor to the sixth power about the nearest integer. */
-INLINE float exp2_of(float x) {
-  const __m128 v = _mm_max_ss(_mm_set_ss(x), _mm_set_ss(-200.0f)), n = _mm_roundscale_ss(v, v, 0), f = _mm_sub_ss(v, n);
-  __m128 y = _mm_set_ss(0x1.430912p-13f);
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(0x1.5d87fep-10f));
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(0x1.3b2ab6p-7f));
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(0x1.c6b08ep-5f));
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(0x1.ebfbep-3f));
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(0x1.62e43p-1f));
-  y = _mm_fmadd_ss(y, f, _mm_set_ss(1.0f));
-  return _mm_cvtss_f32(_mm_scalef_ss(y, n));
-}
+INLINE float exp2_of(float x) { return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(x))); }
 
 /* Softmax of one row; P is written in the page's key order, zero when the row is left alone. */
 INLINE row_weights softmax_row(const int32_t *s, uint64_t mask, float g, float y0, float skip, const uint8_t *p_order, float *m, float *l,
@@ -252,17 +221,6 @@ INLINE void page_pv(const etk_kv_chunk *a, const uint8_t *page, int32_t r0, int3
   if (rows > r) rows_pv(a, page, r0 + r, 1, four, p + r * ETK_PAGE, rw + r, next);
 }
 
-#ifndef AHEAD
-#define AHEAD 64 /* lines */
-#endif
-
-/* Lines to ask for while `here` (n lines) is read and `then` follows: AHEAD lines further along. */
-INLINE ahead follow(const uint8_t *here, int32_t n, const uint8_t *then) {
-  if (!then) then = here;
-  if (n <= AHEAD) return (ahead){then + 64 * (AHEAD - n), then, INT32_MAX};
-  return (ahead){here + 64 * AHEAD, then, n - AHEAD};
-}
-
 INLINE void chunk(const etk_kv_chunk *a, const int four) {
   page_state st[2];
   uint8_t p[GROUP * ETK_PAGE] __attribute__((aligned(64)));
@@ -301,4 +259,5 @@ const etk_kv_kernel etk_kv_s8_avx512vbmi_4x64 = {
     .fold_q4 = fold_q4,
     .chunk_s8 = chunk_s8,
     .chunk_s4 = chunk_s4,
+    .chunk_f16 = chunk_f16,
 };
