@@ -240,9 +240,11 @@ def report(rows: list[dict[str, Any]]) -> str:
                 else ""
             )
             lines.append(
-                [name, f"{r['ms']:.3f}", f"{r['p90_ms']:.3f}", f"{r['best_ms']:.3f}", ratio, best, bar]
-                + [f"{r['read_bytes'] / 2**20:.1f}", f"{r['gbs']:.1f}", f"{100 * r['share']:.0f} %"]
-                + [f"{r['cosine']:.6f}", f"{r['rel_l1']:.1e}"]
+                [
+                    *(name, f"{r['ms']:.3f}", f"{r['p90_ms']:.3f}", f"{r['best_ms']:.3f}", ratio, best, bar),
+                    *(f"{r['read_bytes'] / 2**20:.1f}", f"{r['gbs']:.1f}", f"{100 * r['share']:.0f} %"),
+                    *(f"{r['cosine']:.6f}", f"{r['rel_l1']:.1e}"),
+                ]
             )
         head = [
             "engine",
@@ -256,7 +258,8 @@ def report(rows: list[dict[str, Any]]) -> str:
             "GB/s",
             "share",
         ]
-        title = f"\n{shape} (query heads / KV heads x width x tokens), {threads} thread{'s' * (threads > 1)}; a plain read gives"
+        title = f"\n{shape} (query heads / KV heads x width x tokens), {threads} thread{'s' * (threads > 1)}"
+        title += "; a plain read gives"
         title += f" {read['gbs']:.1f} GB/s at best; {read['runs']} runs\n"
         parts.append(title + "\n" + kb.table([*head, "cosine", "relative L1"], lines))
     return "\n".join(parts)
