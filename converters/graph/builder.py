@@ -87,7 +87,7 @@ class GraphBuilder:
 
     def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: object) -> ir.Value:
         """Append a node and return its first output. ``domain`` names an operator set other than the standard one."""
-        return self.ops(op_type, inputs, outputs, **attributes)[0]
+        return self.ops(op_type, inputs, outputs, **attributes)[0]  # type: ignore[arg-type]
 
     def ops(
         self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, *, domain: str = "", **attributes: object

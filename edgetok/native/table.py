@@ -53,7 +53,7 @@ def kernels() -> tuple[Kernel, ...]:
     lib = native.library()
     lib.etk_kernel_at.restype = ctypes.c_int32
     lib.etk_kernel_at.argtypes = [ctypes.c_int32, ctypes.POINTER(_Info)]
-    found = []
+    found: list[Kernel] = []
     while True:
         info = _Info(struct_size=ctypes.sizeof(_Info))
         status = lib.etk_kernel_at(len(found), ctypes.byref(info))

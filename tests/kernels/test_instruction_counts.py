@@ -1,7 +1,7 @@
 """Instructions that scalar and AVX2 kernels execute on small fixed workloads, against a committed table.
 
-Times on shared machines say little; counts are the same every time. They belong to a compiler, so the table has a column
-for each one it was made with, and the test skips under others. To make the column of the compiler at hand::
+Times on shared machines say little; counts are the same every time. They belong to a compiler, so the table has a
+column for each one it was made with, and the test skips under others. To make the column of the compiler at hand::
 
     EDGETOK_REFRESH_COUNTS=1 python -m pytest tests/kernels/test_instruction_counts.py
 

@@ -65,7 +65,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) 
             raise ArtifactError(f"merge {' '.join(pair)!r} is not of two known tokens", where=where)
     made = Tokenizer(models.BPE(vocab, pairs, ignore_merges=name == "llama-bpe"))  # type: ignore[arg-type]
     if name == "smollm":
-        split = pre_tokenizers.Digits(individual_digits=True)
+        split: Any = pre_tokenizers.Digits(individual_digits=True)
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
         split = pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated")
