@@ -1,5 +1,5 @@
 /* Matrix product with 512-bit vpdpbusd: tile 6 rows x 64 columns, 24 accumulators, 4 vectors of weights, one broadcast.
- * The law and the loops stand in gemm_vnni_body.h. */
+ * The law and the loops stand in gemm_x86_body.h. */
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -13,6 +13,7 @@ static inline __attribute__((always_inline)) __m512i dp_at(__m512i acc, __m512i 
   return acc;
 }
 
+#define MR 6
 #define VI __m512i
 #define VF __m512
 #define LANES 16
@@ -32,7 +33,7 @@ static inline __attribute__((always_inline)) __m512i dp_at(__m512i acc, __m512i 
 #define STOREF(p, x) _mm512_storeu_ps(p, x)
 #define STOREI(p, x) _mm512_storeu_si512(p, x)
 #define ZEROF() _mm512_setzero_ps()
-#include "gemm_vnni_body.h"
+#include "gemm_x86_body.h"
 
 extern const etk_gemm_kernel etk_gemm_s8_avx512vnni_6x64;
 const etk_gemm_kernel etk_gemm_s8_avx512vnni_6x64 = {

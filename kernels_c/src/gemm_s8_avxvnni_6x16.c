@@ -1,5 +1,5 @@
 /* Matrix product with 256-bit vpdpbusd (AVX-VNNI): tile 6 rows x 16 columns at a time, 12 accumulators, 2 vectors of weights, one
- * broadcast, four passes over the panel. The law and the loops stand in gemm_vnni_body.h. */
+ * broadcast, four passes over the panel. The law and the loops stand in gemm_x86_body.h. */
 #include <immintrin.h>
 
 /* In place: from the intrinsic gcc 12 makes copies of accumulators and spills some of them. */
@@ -8,6 +8,7 @@ static inline __attribute__((always_inline)) __m256i dp(__m256i acc, __m256i u, 
   return acc;
 }
 
+#define MR 6
 #define VI __m256i
 #define VF __m256
 #define LANES 8
@@ -27,7 +28,7 @@ static inline __attribute__((always_inline)) __m256i dp(__m256i acc, __m256i u, 
 #define STOREF(p, x) _mm256_storeu_ps(p, x)
 #define STOREI(p, x) _mm256_storeu_si256((__m256i *)(void *)(p), x)
 #define ZEROF() _mm256_setzero_ps()
-#include "gemm_vnni_body.h"
+#include "gemm_x86_body.h"
 
 extern const etk_gemm_kernel etk_gemm_s8_avxvnni_6x16;
 const etk_gemm_kernel etk_gemm_s8_avxvnni_6x16 = {

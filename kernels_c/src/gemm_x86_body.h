@@ -1,21 +1,23 @@
-/* Tiles of the matrix product for processors with vpdpbusd, included by one file per vector width. Internal.
+/* Tiles of the matrix product for x86, included by one file per instruction set. Internal.
  *
  *   S[r, n] = start[r] + sum_k u[n, k] a[r, k]       u: 0..255, the unsigned operand; a: s8, four at a time to every lane
  *
  * Weights are the unsigned operand, so neither side is shifted: the centre of the codes is taken off through `start`, one number for a row
  * and a run. Bound by vpdpbusd: with 6 x 64 outputs each step of 4 k is 24 of them on 4 loads of weights and 6 broadcasts.
  *
- * The including file defines VI and VF (vectors), LANES, NV (vectors of a pass over the columns), and LOAD, SET1, DP, DP_AT (broadcast from memory), LOW, HIGH, CVT,
- * FMADD, MUL, LOADF, LOADH (f16 to VF), SET1F, STOREF, STOREI, ZEROF. */
+ * The including file defines VI and VF (vectors), LANES, NV (vectors of a pass over the columns), MR (6 or 4), LOAD, SET1, CVT, FMADD,
+ * MUL, LOADF, LOADH (f16 to VF), SET1F, STOREF, STOREI, ZEROF, and either DP, DP_AT (broadcast from memory), LOW, HIGH, or OWN_DOTS with
+ * its own dot8 and dot4, which may make use of `narrow`: codes of 0..15. */
 #include "gemm_body.h"
 #include "gemm_quads.h"
 
-enum { MR = 6, COLS = NV * LANES };
+enum { COLS = NV * LANES };
 /* Bytes to prefetch ahead where few rows make weights come from memory: on Zen 5 the processor's own prefetcher gives 3/4 of that. */
 enum { AHEAD = 8192 };
 #define ALWAYS static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
+#ifndef OWN_DOTS
 ALWAYS VI broadcast4(const int8_t *a) {
   int32_t four;
   memcpy(&four, a, 4);
@@ -23,7 +25,8 @@ ALWAYS VI broadcast4(const int8_t *a) {
 }
 
 /* acc += codes of len k at columns [at, at + COLS). */
-ALWAYS void dot8(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restrict a, int32_t len, const int32_t rows) {
+ALWAYS void dot8(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restrict a, int32_t len, const int32_t rows, int32_t narrow) {
+  (void)narrow;
   for (int32_t q = 0; q < len / 4; q++, w += 4 * QUADS_NR, a += 4 * rows) {
     if (rows <= 3) UNROLL for (int32_t v = 0; v < NV; v++) __builtin_prefetch(w + AHEAD + v * LANES * 4, 0, 3);
     VI u[NV];
@@ -50,6 +53,8 @@ ALWAYS void dot4(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restric
   }
 }
 
+#endif
+
 ALWAYS VF scale_at(const uint8_t *at, int32_t column, int32_t f16) { return f16 ? LOADH(at + column * 2) : LOADF((const float *)(const void *)at + column); }
 
 /* c of few rows stays in registers over the runs: a store and a load would be most of the time of a short run. */
@@ -67,7 +72,7 @@ ALWAYS void runs_f32(const etk_gemm_tile *t, const int32_t rows, const int32_t b
     VI acc[MR][NV];
     UNROLL for (int32_t r = 0; r < rows; r++)
       UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = SET1(t->start[(int64_t)i * rows + r]);
-    if (bits == 8) dot8(acc, w, a, len, rows);
+    if (bits == 8) dot8(acc, w, a, len, rows, t->narrow);
     else dot4(acc, w, a, len, rows);
     UNROLL for (int32_t v = 0; v < NV; v++) {
       const VF s = scale_at(ws, at + v * LANES, f16);
@@ -105,7 +110,7 @@ ALWAYS void run_s32(const etk_gemm_tile *t, const int32_t rows, const int32_t bi
   VI acc[MR][NV];
   UNROLL for (int32_t r = 0; r < rows; r++)
     UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = t->first ? SET1(t->start[r]) : LOAD((const uint8_t *)(t->ci + r * QUADS_NR + at + v * LANES));
-  if (bits == 8) dot8(acc, t->w + at * 4, t->a, t->len, rows);
+  if (bits == 8) dot8(acc, t->w + at * 4, t->a, t->len, rows, t->narrow);
   else dot4(acc, t->w + at * 4, t->a, t->len, rows);
   UNROLL for (int32_t r = 0; r < rows; r++)
     UNROLL for (int32_t v = 0; v < NV; v++) STOREI(t->ci + r * QUADS_NR + at + v * LANES, acc[r][v]);
@@ -129,14 +134,17 @@ TILE(1)
 TILE(2)
 TILE(3)
 TILE(4)
+#if MR == 6
 TILE(5)
 TILE(6)
+#define EACH(f) {f##1, f##2, f##3, f##4, f##5, f##6}
+#else
+#define EACH(f) {f##1, f##2, f##3, f##4}
+#endif
 
 typedef void tile_fn(const etk_gemm_tile *t);
-static tile_fn *const k_f32[2][MR] = {{f32_8_1, f32_8_2, f32_8_3, f32_8_4, f32_8_5, f32_8_6},
-                                      {f32_4_1, f32_4_2, f32_4_3, f32_4_4, f32_4_5, f32_4_6}};
-static tile_fn *const k_s32[2][MR] = {{s32_8_1, s32_8_2, s32_8_3, s32_8_4, s32_8_5, s32_8_6},
-                                      {s32_4_1, s32_4_2, s32_4_3, s32_4_4, s32_4_5, s32_4_6}};
+static tile_fn *const k_f32[2][MR] = {EACH(f32_8_), EACH(f32_4_)};
+static tile_fn *const k_s32[2][MR] = {EACH(s32_8_), EACH(s32_4_)};
 
 static void tile_f32(const etk_gemm_tile *t) { k_f32[t->bits == 4][t->rows - 1](t); }
 static void tile_s32(const etk_gemm_tile *t) { k_s32[t->bits == 4][t->rows - 1](t); }
