@@ -90,6 +90,7 @@ def attention_outputs(
         raise InputError("block_mask and index were both given", next="pass one of them")
     if column_mass not in (None, "query", "key"):
         raise InputError(f"column_mass is {column_mass!r}, expected 'query', 'key' or None")
+    given.check_threads(threads)
     arrays = given.inputs(q, k, v, key_bias, options)
     fields = given.fields(arrays, compute, scale, softcap, options) | given.limits(window, sink)
     tokens = (arrays["q"].shape[-2], arrays["k"].shape[-2])

@@ -187,6 +187,7 @@ def fields(
         n, m = max(longest[0], 0), max(longest[-1], 0)
     else:
         batch, hq, n, hkv, m = q.shape[0], q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    _agree(q, k, v)
     if hkv == 0 or hq % hkv:
         raise InputError(f"q has {hq} heads and k {hkv}: expected a whole number of query heads for each key head")
     gamma, zeta = options.clip or (0.0, 0.0)
@@ -197,6 +198,21 @@ def fields(
         "compute": native.COMPUTE[compute], "scale": scale or 0.0, "softcap": softcap, "clip_gamma": gamma,
         "clip_zeta": zeta, "tile_skip_log2": options.tile_skip_log2, "isa_cap": native.ISA[options.isa],
     }  # fmt: skip
+
+
+def check_threads(threads: int) -> None:
+    if not 1 <= threads <= 256:
+        raise InputError(f"threads is {threads}, expected 1 to 256")
+
+
+def _agree(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Sizes that q, k and v share, so that a message can name the argument; the library checks the rest."""
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InputError(f"v has shape {v.shape}, k {k.shape}: all axes but the last must be the same")
+    if q.shape[-1] != k.shape[-1]:
+        raise InputError(f"k has width {k.shape[-1]}, q {q.shape[-1]}: they must be the same")
+    if q.ndim == 4 and q.shape[0] != k.shape[0]:
+        raise InputError(f"k has a batch of {k.shape[0]}, q of {q.shape[0]}: they must be the same")
 
 
 def outputs(

@@ -211,3 +211,19 @@ def test_lent_pools_of_any_order_and_cancelled_runs(workers: int, stop: int) -> 
         assert status == (-15 if stop else 0)
     if status == 0:
         assert (o == want).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": (1, 2, 5, 8)}, "k has width 8, q 16"),
+        ({"v": (1, 2, 4, 16)}, "v has shape"),
+        ({"k": (2, 2, 5, 16), "v": (2, 2, 5, 16)}, "k has a batch of 2, q of 1"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_messages_name_the_argument(changes: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = dict.fromkeys("qkv", (1, 2, 5, 16)) | changes
+    arrays = {n: np.ones(s, np.float32) for n, s in arguments.items() if n in "qkv"}
+    with pytest.raises(InputError, match=words):
+        attention(**arrays, threads=arguments.get("threads", 1))
