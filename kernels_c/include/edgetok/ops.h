@@ -36,13 +36,14 @@ ETK_API ETK_MUST_USE etk_status etk_rmsnorm(const etk_tensor *x, const etk_tenso
 
 /* y = softmax over the last axis of scale x + mask. mask (optional): f32 added, or bool (or u8) where 0 hides an entry; its
  * dims align with those of x at the end and equal them or, but for the last, are 1. A row with nothing to see gives 0; NaN or +inf gives NaN.
- * exp below -86.5 is 0. In place. */
+ * exp(t) is within 7.2e-8 (3 + |t|) of itself, and 0 below -86.5. In place. */
 ETK_API ETK_MUST_USE etk_status etk_softmax(const etk_tensor *x, const etk_tensor *mask, float scale, etk_tensor *y);
 
-/* y = x Phi(x), by the error function, within 3e-7 max(1, |x|); tanh_form: 0.5 x (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3))).
+/* y = x Phi(x), by the error function, within 3e-7 max(1, |x|); tanh_form: 0.5 x (1 + tanh(sqrt(2/pi)
+ * (x + 0.044715 x^3))), within 1.4e-7 max(1, |x|).
  * -inf gives 0. In place. */
 ETK_API ETK_MUST_USE etk_status etk_gelu(const etk_tensor *x, int32_t tanh_form, etk_tensor *y);
-/* y = x / (1 + exp(-x)). -inf gives 0. In place. */
+/* y = x / (1 + exp(-x)), within 1.2e-7 max(1, |x|). -inf gives 0. In place. */
 ETK_API ETK_MUST_USE etk_status etk_silu(const etk_tensor *x, etk_tensor *y);
 /* y = gate / (1 + exp(-gate)) * up. y may be either. */
 ETK_API ETK_MUST_USE etk_status etk_swiglu(const etk_tensor *gate, const etk_tensor *up, etk_tensor *y);
