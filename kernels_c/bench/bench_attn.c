@@ -11,7 +11,7 @@
 
 #include "attn_kernel.h"
 
-enum { PAGES = 8, ROUNDS = 400, ROWS = ETK_MAX_MR };
+enum { PAGES = 8, ROUNDS = 400, ROWS = 64 };
 
 static double now(void) {
   struct timespec t;
@@ -38,6 +38,7 @@ typedef struct work {
 
 typedef void (*phase)(work *w, int t);
 static void strip_s8(work *w, int t) { w->k->strip_s8(&w->s[t]); }
+static void block_s8(work *w, int t) { w->k->block_s8(&w->s[t]); }
 static void qk_s8(work *w, int t) { w->k->qk_s8(&w->s[t], w->out); }
 static void pv_s8(work *w, int t) { w->k->pv_s8(&w->s[t], w->p, w->w); }
 static void strip_f32(work *w, int t) { w->k->strip_f32(&w->s[t]); }
@@ -123,6 +124,11 @@ int main(int argc, char **argv) {
         printf("%-28s %4d %5d  %9.1f %8.0f %5.0f%%   %9.1f %9.1f %s\n", k->name, d, k->mr, strip, ops / strip,
                top > 0 ? 100 * ops / strip / top : 0, best(&w, as_float ? qk_f32 : qk_s8), best(&w, as_float ? pv_f32 : pv_s8),
                as_float ? "fp32" : "int8");
+        if (as_float || !k->block_s8) continue;
+        for (int t = 0; t < PAGES; t++) w.s[t].rows = ROWS;
+        const double whole = best(&w, block_s8), all = 4.0 * ROWS * 64 * d;
+        printf("%-28s %4d %5d  %9.1f %8.0f %5.0f%%   a block of rows in one call\n", k->name, d, ROWS, whole, all / whole,
+               peak > 0 ? 100 * all / whole / peak : 0);
       }
     }
   }

@@ -69,11 +69,12 @@ INLINE __mmask16 lanes_of(int R) { return (__mmask16)(R <= 4 ? (1 << R) - 1 : 15
 
 /* State of up to 6 rows, in lanes; the pointers hold them densely. */
 INLINE __m512 load_rows(const float *x, int R) {
-  const __m512 lo = _mm512_maskz_loadu_ps((__mmask16)(R < 4 ? (1 << R) - 1 : 15), x);
-  if (R <= 4) return lo;
-  return _mm512_mask_expandloadu_ps(lo, (__mmask16)(((1 << (R - 4)) - 1) << 8), x + 4);
+  const __m512 dense = _mm512_maskz_loadu_ps((__mmask16)((1 << R) - 1), x);
+  return R <= 4 ? dense : _mm512_shuffle_f32x4(dense, dense, 0xdc); /* 128-bit parts 0, 3, 1, 3 */
 }
-INLINE void store_rows(float *x, __m512 v, int R) { _mm512_mask_compressstoreu_ps(x, lanes_of(R), v); }
+INLINE void store_rows(float *x, __m512 v, int R) { /* not by vpcompressd, which is slow to memory */
+  _mm512_mask_storeu_ps(x, (__mmask16)((1 << R) - 1), R <= 4 ? v : _mm512_shuffle_f32x4(v, v, 0x08));
+}
 
 /* Rows meet a tile with maxima mt (lanes in `seen` only): new m, factors a of the old state and w of the tile. */
 INLINE void meet(const etk_strip *s, __m512 mt, __mmask16 seen, int R, __m512 *a, __m512 *w) {
@@ -380,6 +381,7 @@ static void qk_f32(const etk_strip *s, float *y) { BY_ROWS(qkf, (s, y)) }
 static void softmax_f32(const etk_strip *s, const float *y, float *p) { BY_ROWS(soft, (s, y, p)) }
 static void pv_f32(const etk_strip *s, const float *p) { BY_ROWS(pvf, (s, p)) }
 
+#include "attn_block_avx512_body.h"
 #include "attn_pack_avx512_body.h"
 
 static const uint8_t k_p_order[64] = {
@@ -391,6 +393,6 @@ extern const etk_attn_kernel KERNEL;
 const etk_attn_kernel KERNEL = {
     .name = NAME, .isa = ISA, .mr = MR, .p_max = 255, .layout = 1, .p_order = k_p_order, .quant_q = quant_q,
     .pack_k = pack_k, .pack_v = pack_v, .lay_k = lay_k, .lay_v = lay_v, .read_k = read_k, .read_v = read_v,
-    .strip_s8 = strip_s8, .qk_s8 = qk_s8, .softmax_u8 = softmax_u8, .pv_s8 = pv_s8, .strip_f32 = strip_f32,
+    .strip_s8 = strip_s8, .block_s8 = block_s8, .qk_s8 = qk_s8, .softmax_u8 = softmax_u8, .pv_s8 = pv_s8, .strip_f32 = strip_f32,
     .qk_f32 = qk_f32, .softmax_f32 = softmax_f32, .pv_f32 = pv_f32,
 };

@@ -245,6 +245,29 @@ static void check_p_of_strip(const etk_attn_kernel *k, const etk_attn_kernel *re
   side_free(k, &a, x), side_free(ref, &b, x);
 }
 
+/* Many rows at once give the bits that strips of mr rows give. */
+static void check_block(const etk_attn_kernel *k, const data *x) {
+  side a = side_make(k, x), b = side_make(k, x);
+  for (int tile = 0; tile < 4; tile++) { /* full, full, masked, full with skipping */
+    a.s.mask = tile == 2 ? x->mask : NULL;
+    a.s.skip_log2 = tile == 3 ? 0.5f : 0.0f;
+    k->block_s8(&a.s);
+    for (int32_t row = 0; row < x->rows; row += k->mr) {
+      etk_strip s = a.s;
+      s.rows = x->rows - row < k->mr ? x->rows - row : k->mr;
+      s.q = b.q + row * x->dp, s.q_start = b.start + row, s.k = b.k, s.g += row, s.v = b.v, s.m = b.m + row, s.l = b.l + row;
+      s.o = b.o + row * x->dvp;
+      if (s.mask) s.mask += row;
+      k->strip_s8(&s);
+    }
+  }
+  for (int32_t i = 0; i < x->rows; i++)
+    if (a.m[i] != b.m[i] || a.l[i] != b.l[i]) fail(k, "block_s8 l", x->d, x->rows, i, a.l[i], b.l[i]);
+  for (int32_t i = 0; i < x->rows * x->dvp; i++)
+    if (a.o[i] != b.o[i]) fail(k, "block_s8", x->d, x->rows, i, a.o[i], b.o[i]);
+  side_free(k, &a, x), side_free(k, &b, x);
+}
+
 /* QK: d roundings of at most the sum of magnitudes. softmax: exp2 within 4e-6. PV: 64 roundings. */
 static void check_float(const etk_attn_kernel *k, const etk_attn_kernel *ref, const data *x) {
   float y[2][ROWS * 64], p[2][ROWS * 64];
@@ -297,6 +320,10 @@ int main(void) {
           if (kind != 4) check_float(k, ref, &x);
           check_p_of_strip(k, ref, &x);
         }
+      for (int32_t rows = 1; k->block_s8 && rows <= ROWS && d <= 256; rows++) {
+        draw(&x, d, dv, rows, rows % 5);
+        check_block(k, &x);
+      }
     }
     printf("%s: %s\n", k->name, g_failed == before ? "ok" : "FAILED");
   }
