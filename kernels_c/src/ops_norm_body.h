@@ -93,55 +93,78 @@ static inline float norm_quant(const norm_row *r, const float *y, int64_t cols, 
   return scale;
 }
 
-/* Write y (when it has a place) and return the largest magnitude; NaN if there is one. */
-static inline float norm_write(const norm_row *r, int64_t cols, vf mean, vf rstd, float *y) {
+/* Write y (when it has a place); with `largest`, return the largest magnitude, NaN if there is one. has: which of residual,
+ * gamma, beta there are; a constant where this is inlined, so that the loop holds no tests. */
+static inline __attribute__((always_inline)) float norm_write(const norm_row *row, int has, int largest, int64_t cols, vf mean,
+                                                             vf rstd, float *y) {
+  const norm_row r = {row->x, has & 1 ? row->res : NULL, has & 2 ? row->gamma : NULL, has & 4 ? row->beta : NULL};
   vf t0 = f_set(0.0f), t1 = t0;
   vm odd = m_none();
   int64_t i = 0;
   for (; i + 32 <= cols; i += 32) {
-    const vf u = norm_yv(r, i, mean, rstd), v = norm_yv(r, i + 16, mean, rstd);
-    if (y) f_store(y + i, u), f_store(y + i + 16, v);
+    const vf u = norm_yv(&r, i, mean, rstd), v = norm_yv(&r, i + 16, mean, rstd);
+    if (!largest || y) f_store(y + i, u), f_store(y + i + 16, v);
+    if (!largest) continue;
     odd = m_or(odd, m_nan2(u, v));
     t0 = f_max(v_abs(u), t0), t1 = f_max(v_abs(v), t1);
   }
   for (; i < cols; i += 16) {
     const int64_t n = cols - i < 16 ? cols - i : 16;
-    const vf u = norm_again(r, NULL, i, n, mean, rstd);
+    const vf u = norm_again(&r, NULL, i, n, mean, rstd);
     if (y) f_storen(y + i, u, n);
     odd = m_or(odd, m_nan2(u, u));
     t0 = f_max(v_abs(u), t0);
   }
-  return m_any(odd) ? NAN : f_top(f_max(t0, t1));
+  return !largest ? 0.0f : m_any(odd) ? NAN : f_top(f_max(t0, t1));
 }
 
-enum { NORM_STASH = 4096 }; /* y of a row kept on the stack when only its codes are wanted */
+static float norm_write_any(const norm_row *r, int largest, int64_t cols, vf mean, vf rstd, float *y) {
+  const int has = (r->res ? 1 : 0) | (r->gamma ? 2 : 0) | (r->beta ? 4 : 0);
+  if (has == 6) return largest ? norm_write(r, 6, 1, cols, mean, rstd, y) : norm_write(r, 6, 0, cols, mean, rstd, y);
+  if (has == 2) return largest ? norm_write(r, 2, 1, cols, mean, rstd, y) : norm_write(r, 2, 0, cols, mean, rstd, y);
+  return norm_write(r, has, largest, cols, mean, rstd, y);
+}
 
+enum { NORM_STASH = 4096 /* y of a row kept on the stack when only its codes are wanted */, NORM_ROWS = 4 };
+
+/* Up to four short rows at a time: while the sums of one are folded, the next one is read. */
 static void k_norm(etk_rows *a) {
   const int64_t cols = a->cols;
   const float *gamma = (const float *)(const void *)a->at[2], *beta = (const float *)(const void *)a->at[3];
+  const float share = 1.0f / (float)cols;
+  const int group = cols <= 1024 ? NORM_ROWS : 1;
   float stash[NORM_STASH];
-  for (int64_t row = 0; row < a->rows; row++) {
-    float *y = a->at[4] ? (float *)(void *)(a->at[4] + row * a->step[4]) : NULL;
-    float *sum = a->at[5] ? (float *)(void *)(a->at[5] + row * a->step[5]) : NULL;
-    norm_row r = {(const float *)(const void *)(a->at[0] + row * a->step[0]),
-                  a->at[1] ? (const float *)(const void *)(a->at[1] + row * a->step[1]) : NULL, gamma, beta};
-    float m = 0.0f;
-    if (!a->i[0]) {
-      m = norm_sum(&r, cols, sum) / (float)cols;
-      if (sum) r.x = sum, r.res = NULL;
+  for (int64_t first = 0; first < a->rows; first += group) {
+    const int n = a->rows - first < group ? (int)(a->rows - first) : group;
+    norm_row r[NORM_ROWS];
+    float m[NORM_ROWS] = {0}, v[NORM_ROWS];
+    float *sum[NORM_ROWS];
+    for (int j = 0; j < n; j++) {
+      const int64_t row = first + j;
+      sum[j] = a->at[5] ? (float *)(void *)(a->at[5] + row * a->step[5]) : NULL;
+      r[j].x = (const float *)(const void *)(a->at[0] + row * a->step[0]);
+      r[j].res = a->at[1] ? (const float *)(const void *)(a->at[1] + row * a->step[1]) : NULL;
+      r[j].gamma = gamma, r[j].beta = beta;
+      if (a->i[0]) continue;
+      m[j] = norm_sum(&r[j], cols, sum[j]) * share;
+      if (sum[j]) r[j].x = sum[j], r[j].res = NULL;
     }
-    const float v = norm_squares(&r, cols, m, a->i[0] ? sum : NULL) / (float)cols;
-    if (sum) r.x = sum, r.res = NULL;
-    const vf mean = f_set(m), rstd = f_set(1.0f / sqrtf(v + a->f[0]));
-    if (a->at[6]) {
+    for (int j = 0; j < n; j++) {
+      v[j] = norm_squares(&r[j], cols, m[j], a->i[0] ? sum[j] : NULL) * share;
+      if (sum[j]) r[j].x = sum[j], r[j].res = NULL;
+    }
+    for (int j = 0; j < n; j++) {
+      const int64_t row = first + j;
+      const vf mean = f_set(m[j]), rstd = f_set(1.0f / sqrtf(v[j] + a->f[0]));
+      float *y = a->at[4] ? (float *)(void *)(a->at[4] + row * a->step[4]) : NULL;
+      if (!a->at[6]) {
+        norm_write_any(&r[j], 0, cols, mean, rstd, y);
+        continue;
+      }
       float *const to = y ? y : cols <= NORM_STASH ? stash : NULL;
-      const float top = norm_write(&r, cols, mean, rstd, to);
+      const float top = norm_write_any(&r[j], 1, cols, mean, rstd, to);
       float *const scale = (float *)(void *)(a->at[7] + row * a->step[7]);
-      *scale = norm_quant(&r, to, cols, mean, rstd, top, (int8_t *)a->at[6] + row * a->step[6], &a->nonfinite);
-      continue;
+      *scale = norm_quant(&r[j], to, cols, mean, rstd, top, (int8_t *)a->at[6] + row * a->step[6], &a->nonfinite);
     }
-    int64_t i = 0;
-    for (; i + 16 <= cols; i += 16) f_store(y + i, norm_yv(&r, i, mean, rstd));
-    if (i < cols) f_storen(y + i, norm_yn(&r, i, cols - i, mean, rstd), cols - i);
   }
 }

@@ -21,18 +21,26 @@ static etk_status check_rows(const etk_tensor *big, const etk_tensor *idx, const
   return ETK_OK;
 }
 
+/* The next row is asked for while this one is copied: the processor's own prefetching cannot know where it lies. */
+static void ask_for(const char *p, size_t bytes) {
+  for (size_t i = 0; i < bytes && i < 1024; i += 64) __builtin_prefetch(p + i);
+}
+
 static void move(const etk_tensor *from, const etk_tensor *idx, const etk_tensor *to, int gather) {
   const int32_t r = from->rank;
   const size_t bytes = (size_t)(from->dim[r - 1] * etk_dtype_bytes(from->dtype));
+  const int64_t count = idx->dim[r - 2], step = idx->stride[r - 2];
   if (bytes == 0) return;
-  for (int64_t b = 0; b < (r == 3 ? from->dim[0] : 1); b++)
-    for (int64_t m = 0; m < idx->dim[r - 2]; m++) {
-      const char *p = (const char *)idx->data + (r == 3 ? b * idx->stride[0] : 0) + m * idx->stride[r - 2];
+  for (int64_t b = 0; b < (r == 3 ? from->dim[0] : 1); b++) {
+    const char *p = (const char *)idx->data + (r == 3 ? b * idx->stride[0] : 0);
+    const char *const src = (const char *)from->data + (r == 3 ? b * from->stride[0] : 0);
+    char *const dst = (char *)to->data + (r == 3 ? b * to->stride[0] : 0);
+    for (int64_t m = 0; m < count; m++, p += step) {
       const int64_t at = etk_ops_index_at(idx, p);
-      const int64_t src = gather ? at : m, dst = gather ? m : at;
-      memcpy((char *)to->data + (r == 3 ? b * to->stride[0] : 0) + dst * to->stride[r - 2],
-             (const char *)from->data + (r == 3 ? b * from->stride[0] : 0) + src * from->stride[r - 2], bytes);
+      if (gather && m + 1 < count) ask_for(src + etk_ops_index_at(idx, p + step) * from->stride[r - 2], bytes);
+      memcpy(dst + (gather ? m : at) * to->stride[r - 2], src + (gather ? at : m) * from->stride[r - 2], bytes);
     }
+  }
 }
 
 static etk_status both(const etk_tensor *x, const etk_tensor *idx, etk_tensor *y, int gather) {
