@@ -57,63 +57,83 @@ ALWAYS void dot4(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restric
 
 ALWAYS VF scale_at(const uint8_t *at, int32_t column, int32_t f16) { return f16 ? LOADH(at + column * 2) : LOADF((const float *)(const void *)at + column); }
 
+/* sum += S ws, and R wb with offsets, of one run. keep: c is in registers, not at memory. */
+ALWAYS void fold(VF (*c)[NV], float *restrict memory, VI (*acc)[NV], const uint8_t *ws, const uint8_t *wb, const float *rsum, const float *as,
+                 int32_t f16, int32_t at, const int32_t rows, const int32_t keep, const int32_t has_wb, const int32_t has_as) {
+  UNROLL for (int32_t v = 0; v < NV; v++) {
+    const VF s = scale_at(ws, at + v * LANES, f16);
+    const VF b = has_wb ? scale_at(wb, at + v * LANES, f16) : s;
+    UNROLL for (int32_t r = 0; r < rows; r++) {
+      float *to = memory + r * QUADS_NR + v * LANES;
+      VF sum = keep ? c[r][v] : LOADF(to);
+      sum = FMADD(has_as ? MUL(s, SET1F(as[r])) : s, CVT(acc[r][v]), sum);
+      if (has_wb) sum = FMADD(has_as ? MUL(b, SET1F(as[r])) : b, SET1F(rsum[r]), sum);
+      if (keep) c[r][v] = sum;
+      else STOREF(to, sum);
+    }
+  }
+}
+
 /* c of few rows stays in registers over the runs: a store and a load would be most of the time of a short run. */
 ALWAYS void runs_f32(const etk_gemm_tile *t, const int32_t rows, const int32_t bits, int32_t at) {
-  const int64_t run_bytes = (int64_t)t->len * QUADS_NR * bits / 8, back = run_bytes * t->per_rec;
-  const int32_t keep = rows <= 3, f16 = t->f16, has_as = t->as != NULL;
+  const int64_t run_bytes = (int64_t)t->len * QUADS_NR * bits / 8, back = run_bytes * t->per_rec, rec_bytes = t->rec_bytes;
+  const int32_t keep = rows <= 3, f16 = t->f16, runs = t->runs, full = t->len, per_rec = t->per_rec, narrow = t->narrow;
   const uint8_t *w = t->w + at * 4, *ws = t->ws, *wb = t->wb;
+  const int32_t *start = t->start;
+  const float *rsum = t->rsum, *as = t->as;
   const int8_t *a = t->a;
+  float *restrict const memory = t->c + at;
   VF c[MR][NV];
-  if (keep)
-    UNROLL for (int32_t r = 0; r < rows; r++)
-      UNROLL for (int32_t v = 0; v < NV; v++) c[r][v] = t->first ? ZEROF() : LOADF(t->c + r * QUADS_NR + at + v * LANES);
-  for (int32_t i = 0, in_rec = 0; i < t->runs; i++) {
-    const int32_t len = i == t->runs - 1 ? t->last_len : t->len;
+  UNROLL for (int32_t r = 0; r < rows; r++)
+    UNROLL for (int32_t v = 0; v < NV; v++) {
+      if (keep) c[r][v] = t->first ? ZEROF() : LOADF(memory + r * QUADS_NR + v * LANES);
+      else if (t->first) STOREF(memory + r * QUADS_NR + v * LANES, ZEROF());
+    }
+  for (int32_t i = 0, in_rec = 0; i < runs; i++) {
+    const int32_t len = i == runs - 1 ? t->last_len : full;
     VI acc[MR][NV];
     UNROLL for (int32_t r = 0; r < rows; r++)
-      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = SET1(t->start[(int64_t)i * rows + r]);
-    if (bits == 8) dot8(acc, w, a, len, rows, t->narrow);
+      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = SET1(start[r]);
+    if (bits == 8) dot8(acc, w, a, len, rows, narrow);
     else dot4(acc, w, a, len, rows);
-    UNROLL for (int32_t v = 0; v < NV; v++) {
-      const VF s = scale_at(ws, at + v * LANES, f16);
-      VF b = s;
-      if (wb) b = scale_at(wb, at + v * LANES, f16);
-      UNROLL for (int32_t r = 0; r < rows; r++) {
-        float *to = t->c + r * QUADS_NR + at + v * LANES;
-        VF sum = keep ? c[r][v] : t->first && i == 0 ? ZEROF() : LOADF(to), sr = s, br = b;
-        if (has_as) {
-          const VF x = SET1F(t->as[(int64_t)i * rows + r]);
-          sr = MUL(s, x);
-          br = MUL(b, x);
-        }
-        sum = FMADD(sr, CVT(acc[r][v]), sum);
-        if (wb) sum = FMADD(br, SET1F(t->rsum[(int64_t)i * rows + r]), sum);
-        if (keep) c[r][v] = sum;
-        else STOREF(to, sum);
-      }
+    if (as) {
+      if (wb) fold(c, memory, acc, ws, wb, rsum, as, f16, at, rows, keep, 1, 1);
+      else fold(c, memory, acc, ws, wb, rsum, as, f16, at, rows, keep, 0, 1);
+      as += rows;
+    } else if (wb) {
+      fold(c, memory, acc, ws, wb, rsum, as, f16, at, rows, keep, 1, 0);
+    } else {
+      fold(c, memory, acc, ws, wb, rsum, as, f16, at, rows, keep, 0, 0);
     }
-    a += (int64_t)t->len * rows;
+    start += rows;
+    if (rsum) rsum += rows;
+    a += (int64_t)full * rows;
     w += run_bytes;
-    if (++in_rec == t->per_rec) {
+    if (++in_rec == per_rec) {
       in_rec = 0;
-      w += t->rec_bytes - back;
-      ws += t->rec_bytes;
-      if (wb) wb += t->rec_bytes;
+      w += rec_bytes - back;
+      ws += rec_bytes;
+      if (wb) wb += rec_bytes;
     }
   }
   if (keep)
     UNROLL for (int32_t r = 0; r < rows; r++)
-      UNROLL for (int32_t v = 0; v < NV; v++) STOREF(t->c + r * QUADS_NR + at + v * LANES, c[r][v]);
+      UNROLL for (int32_t v = 0; v < NV; v++) STOREF(memory + r * QUADS_NR + v * LANES, c[r][v]);
 }
 
 ALWAYS void run_s32(const etk_gemm_tile *t, const int32_t rows, const int32_t bits, int32_t at) {
+  int32_t *restrict const ci = t->ci + at;
   VI acc[MR][NV];
-  UNROLL for (int32_t r = 0; r < rows; r++)
-    UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = t->first ? SET1(t->start[r]) : LOAD((const uint8_t *)(t->ci + r * QUADS_NR + at + v * LANES));
+  if (t->first)
+    UNROLL for (int32_t r = 0; r < rows; r++)
+      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = SET1(t->start[r]);
+  else
+    UNROLL for (int32_t r = 0; r < rows; r++)
+      UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = LOAD((const uint8_t *)(ci + r * QUADS_NR + v * LANES));
   if (bits == 8) dot8(acc, t->w + at * 4, t->a, t->len, rows, t->narrow);
   else dot4(acc, t->w + at * 4, t->a, t->len, rows);
   UNROLL for (int32_t r = 0; r < rows; r++)
-    UNROLL for (int32_t v = 0; v < NV; v++) STOREI(t->ci + r * QUADS_NR + at + v * LANES, acc[r][v]);
+    UNROLL for (int32_t v = 0; v < NV; v++) STOREI(ci + r * QUADS_NR + v * LANES, acc[r][v]);
 }
 
 /* One function for each number of rows, kept apart so that the compiler allots registers to each on its own. */
