@@ -61,10 +61,12 @@ INLINE void block_qk(const etk_strip *s, int32_t row, turn_rows *t, turn_rows *b
   const __m512 g = load_rows(s->g + row, BR), mt = _mm512_mul_ps(_mm512_cvtepi32_ps(tops), g);
   _mm512_store_si512(t->top, tops);
   _mm512_store_ps(t->step, _mm512_mul_ps(_mm512_set1_ps((float)ETK_STEP), g));
-  const __m512 m = load_rows(s->m + row, BR), mn = _mm512_max_ps(m, mt), a = exp2_ps(_mm512_sub_ps(m, mn));
+  const __m512 m = load_rows(s->m + row, BR), mn = _mm512_max_ps(m, mt), one = _mm512_set1_ps(1.0f);
+  const __mmask16 up = _mm512_cmp_ps_mask(m, mt, _CMP_LT_OQ); /* of a and w only one is not 1 */
+  const __m512 less = exp2_ps(_mm512_sub_ps(_mm512_min_ps(m, mt), mn)), a = _mm512_mask_mov_ps(one, up, less);
   _mm512_store_ps(t->a, a);
-  _mm512_store_ps(t->w, exp2_ps(_mm512_sub_ps(mt, mn)));
-  t->scale = _mm512_mask_cmp_ps_mask(lanes_of(BR), a, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) != 0;
+  _mm512_store_ps(t->w, _mm512_mask_mov_ps(less, up, one));
+  t->scale = _mm512_mask_cmp_ps_mask(lanes_of(BR), a, one, _CMP_NEQ_UQ) != 0;
   store_rows(s->m + row, mn, BR);
 }
 

@@ -93,6 +93,8 @@ static int strip_mask(const uint64_t *mask, int32_t rows) {
  * to page in five fields only. */
 static void walk_fused(const attn_job *j, attn_lane *lane, const attn_piece *piece, int64_t ntiles) {
   void (*const strip)(const etk_strip *) = j->plan->int8_qk ? j->kernel->strip_s8 : j->kernel->strip_f32;
+  /* All rows at once where the kernel can; tile skipping is decided strip by strip. */
+  void (*const block)(const etk_strip *) = j->plan->int8_qk && j->desc->tile_skip_log2 == 0.0f ? j->kernel->block_s8 : NULL;
   const int32_t mr = j->kernel->mr, n = piece->n;
   etk_strip page;
   for (int64_t t = 0; t < ntiles; t++) {
@@ -103,6 +105,12 @@ static void walk_fused(const attn_job *j, attn_lane *lane, const attn_piece *pie
         lane->strips[i] = page;
         attn_strip_rows(j, piece, lane, row, n - row < mr ? n - row : mr, &lane->strips[i]);
       }
+    if (!tile->masked && block) {
+      attn_strip_rows(j, piece, lane, 0, n, &page);
+      page.mask = NULL;
+      block(&page);
+      continue;
+    }
     if (tile->masked) attn_mask_words(j, piece, tile, lane->mask);
     etk_strip *a = lane->strips;
     for (int32_t row = 0; row < n; row += mr, a++) {
