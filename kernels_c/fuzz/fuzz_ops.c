@@ -70,7 +70,7 @@ static etk_status elementwise(fuzz *f, outputs *o) {
     case 1: return etk_gelu(&a, 1, &y);
     case 2: return etk_silu(&a, &y);
     case 3: return etk_swiglu(&a, &b, &y);
-    case 4: return etk_add(&a, &b, &y);
+    case 4: return etk_add_rows(&a, &b, &y);
     default: {
       shape m = s;
       for (int i = 0; i < m.rank - 1; i++)

@@ -91,7 +91,7 @@ int etk_tensor_overlap(const etk_tensor *a, const etk_tensor *b) {
 }
 
 etk_status etk_struct_in(void *dst, uint32_t size, const void *src) {
-  enum { MOST = 1 << 16 };
+  enum { MOST = 4096 };
   uint32_t given;
   if (!src) return ETK_E_NULL;
   memcpy(&given, src, sizeof given);
