@@ -30,7 +30,10 @@ ALWAYS void dot8(VI (*acc)[NV], const uint8_t *restrict w, const int8_t *restric
   for (int32_t q = 0; q < len / 4; q++, w += 4 * QUADS_NR, a += 4 * rows) {
     if (rows <= 3) UNROLL for (int32_t v = 0; v < NV; v++) __builtin_prefetch(w + AHEAD + v * LANES * 4, 0, 3);
     VI u[NV];
-    UNROLL for (int32_t v = 0; v < NV; v++) u[v] = LOAD(w + v * LANES * 4);
+    UNROLL for (int32_t v = 0; v < NV; v++) {
+      u[v] = LOAD(w + v * LANES * 4);
+      __asm__("" : "+v"(u[v])); /* or gcc loads it again for every row */
+    }
     UNROLL for (int32_t r = 0; r < rows; r++) {
       const VI x = broadcast4(a + r * 4);
       UNROLL for (int32_t v = 0; v < NV; v++) acc[r][v] = DP(acc[r][v], u[v], x);
