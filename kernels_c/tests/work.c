@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include "attn_kernel.h"
+#include "edgetok/gemm.h"
+#include "ops_kernel.h"
 
 enum { k_d = 64, k_pages = 4, k_item_bytes = 96 };
 
@@ -20,6 +22,13 @@ struct job {
   int8_t *codes; /* [16][k_d] */
   void *k, *v;   /* pages */
   etk_strip strip;
+  const etk_ops_kernel *ops;
+  etk_rows rows;
+  const etk_gemm_plan *plan;
+  etk_gemm_io io;
+  void *ws;
+  uint64_t ws_bytes;
+  etk_status status;
 };
 
 void counted_work(job *j);
@@ -115,8 +124,86 @@ static int attn_items(const char *wanted) {
   return 0;
 }
 
+static void do_norm(job *j) { j->ops->norm(&j->rows); }
+static void do_softmax(job *j) { j->ops->softmax(&j->rows); }
+
+/* 16 rows of 384 columns, in and out apart. */
+static int ops_items(const char *wanted) {
+  static const char *const steps[] = {"layernorm", "rmsnorm", "softmax"};
+  enum { rows = 16, cols = 384 };
+  const etk_ops_kernel *kernel;
+  for (int32_t i = 0; (kernel = etk_ops_kernel_at(i)) != NULL; i++)
+    for (int s = 0; s < 3; s++) {
+      char name[k_item_bytes];
+      snprintf(name, sizeof name, "%s/%s", kernel->name, steps[s]);
+      if (!wanted) puts(name);
+      if (!wanted || strcmp(wanted, name) != 0) continue;
+      job j = {.step = s == 2 ? do_softmax : do_norm, .ops = kernel};
+      uint32_t state = 1;
+      float *x = memory(rows * cols * sizeof *x), *y = memory(rows * cols * sizeof *y), *gamma = memory(cols * sizeof *gamma);
+      for (int k = 0; k < rows * cols; k++) x[k] = next(&state);
+      for (int k = 0; k < cols; k++) gamma[k] = next(&state);
+      j.rows = (etk_rows){.rows = rows, .cols = cols};
+      j.rows.at[0] = (char *)x;
+      j.rows.step[0] = cols * (int64_t)sizeof *x;
+      const int out = s == 2 ? 3 : 4;
+      j.rows.at[out] = (char *)y;
+      j.rows.step[out] = cols * (int64_t)sizeof *y;
+      if (s < 2) j.rows.at[2] = (char *)gamma;
+      j.rows.f[0] = s == 2 ? 1.0f : 1e-5f;
+      j.rows.i[0] = s == 1;
+      counted_work(&j);
+      return 1;
+    }
+  return 0;
+}
+
+static void do_gemm(job *j) { j->status = etk_gemm_run(j->plan, &j->io, j->ws, j->ws_bytes, NULL); }
+
+static etk_tensor matrix(float *data, int64_t rows, int64_t cols) {
+  return (etk_tensor){.data = data, .dtype = ETK_F32, .rank = 2, .dim = {rows, cols}, .stride = {cols * 4, 4},
+                      .capacity = (uint64_t)(rows * cols) * 4};
+}
+
+/* [8, 256] x [64, 256]^T and one row of it: INT8 by row, INT4 in groups of 128; the best kernel here and the scalar one. */
+static int gemm_items(const char *wanted) {
+  enum { n = 64, k = 256 };
+  for (int cap = 0; cap < 2; cap++)
+    for (int bits = 8; bits >= 4; bits -= 4)
+      for (int m = 8; m >= 1; m -= 7) {
+        const etk_gemm_weight weight = {.struct_size = sizeof weight, .n = n, .k = k, .bits = bits, .group = bits == 4 ? 128 : 0,
+                                        .isa_cap = cap ? ETK_ISA_SCALAR : ETK_ISA_BEST};
+        const etk_gemm_desc desc = {.struct_size = sizeof desc, .weight = weight, .max_m = m, .a_dtype = ETK_F32};
+        etk_gemm_plan *plan = NULL;
+        uint64_t bytes = 0, align = 64;
+        job j = {.step = do_gemm};
+        if (etk_gemm_plan_create(&desc, 1, &plan) < 0 || etk_gemm_workspace(plan, &j.ws_bytes, &align) < 0) exit(1);
+        if (etk_gemm_packed_size(&weight, &bytes) < 0) exit(1);
+        char name[k_item_bytes];
+        snprintf(name, sizeof name, "%s/s%d_m%d%s", etk_gemm_plan_kernel(plan), bits, m, cap ? "_capped" : "");
+        if (!wanted) puts(name);
+        if (wanted && strcmp(wanted, name) == 0) {
+          uint32_t state = 1;
+          float *w = memory(n * k * sizeof *w), *x = memory(8 * k * sizeof *x), *y = memory(8 * n * sizeof *y);
+          for (int i = 0; i < n * k; i++) w[i] = next(&state);
+          for (int i = 0; i < 8 * k; i++) x[i] = next(&state);
+          void *packed = memory(bytes);
+          const etk_gemm_source source = {.struct_size = sizeof source, .format = ETK_W_FLOAT, .codes = matrix(w, n, k)};
+          if (etk_gemm_pack(&weight, &source, packed, bytes, NULL) < 0) exit(1);
+          j.plan = plan;
+          j.ws = memory(j.ws_bytes + 64);
+          j.io = (etk_gemm_io){.struct_size = sizeof j.io, .a = matrix(x, m, k), .w = packed, .w_bytes = bytes, .out = matrix(y, m, n)};
+          counted_work(&j);
+          if (j.status < 0) exit(1);
+          return 1;
+        }
+        etk_gemm_plan_free(plan);
+      }
+  return 0;
+}
+
 int main(int argc, char **argv) {
   const char *wanted = argc > 1 ? argv[1] : NULL;
-  const int found = attn_items(wanted);
+  const int found = attn_items(wanted) + ops_items(wanted) + gemm_items(wanted);
   return wanted && !found;
 }
