@@ -38,6 +38,7 @@ _LAZY = {
     "pkgconfig_dir": "c_files",
     "quantize_activations": "gemm",
     "rmsnorm": "ops",
+    "select_keys": "select",
     "rope": "ops",
     "rope_tables": "ops",
     "scatter_rows": "ops",

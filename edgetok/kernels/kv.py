@@ -10,6 +10,7 @@ import numpy as np
 from edgetok.errors import InputError
 from edgetok.native import attn
 from edgetok.native import kv as native_kv
+from edgetok.native import select as native_select
 from edgetok.native.pool import pool
 from edgetok.native.tensors import numpy_from
 
@@ -273,6 +274,68 @@ class KVCache:
         }  # fmt: skip
         attn.run(fields, arrays, score_rows=score_rows, threads=threads, kv=(self._handle.address, layer, seq))
         return CacheOutputs(arrays["o"], arrays["lse"], arrays.get("scores"), arrays.get("colmass"))
+
+    def select(
+        self,
+        layer: int,
+        q: Any,
+        k: int,
+        *,
+        seq: int = 0,
+        pages: bool = True,
+        n_init: int = 0,
+        n_local: int = 0,
+        pool_width: int = 1,
+        sum_heads: bool = False,
+        softmax: bool = True,
+        threads: int = 1,
+    ) -> np.ndarray:
+        """Choose tokens by score alone: the mean of the queries against every live key.
+
+        Args:
+            layer: which layer.
+            q: float32 or float16 [B, Hq, N, d].
+            k: tokens to choose; with ``pages`` the pages of the best tokens, as many as hold k tokens.
+            seq: the sequence of batch row 0.
+            pages: give page numbers, as ``attend`` takes them, instead of slots.
+            n_init, n_local: first and last tokens that are taken beside the best.
+            pool_width: odd; scores become the largest within it.
+            sum_heads: one list for all KV heads.
+            softmax: softmax per query head before adding up heads; False adds raw logits.
+            threads: 1..256.
+
+        Returns:
+            int32 [B, Hkv or 1, n], ascending, padded with -1.
+
+        Raises:
+            InputError: a shape or number that does not fit.
+
+        Source: TokenSelect's rule, in page granularity by default.
+        """
+        layer, seq = self._place(layer, seq)
+        q = numpy_from(q, "q")
+        if q.ndim != 4 or q.shape[3] != self.d or q.shape[1] % self.hkv or q.shape[1] == 0 or q.shape[2] == 0:
+            raise InputError(
+                f"q must be [B, Hq, N > 0, {self.d}] with Hq a multiple of {self.hkv}, got {list(q.shape)}"
+            )
+        b, hq, n, _ = q.shape
+        if b < 1 or b > self.batch - seq:
+            raise InputError(f"q has batch {b}, the cache has {self.batch - seq} sequences from {seq} on")
+        k = _whole("k", k, 0, 2**31 - 1)
+        n_init, n_local = _whole("n_init", n_init, 0, 2**30), _whole("n_local", n_local, 0, 2**30)
+        slots = int(self._handle.seq_k()[layer, seq : seq + b].max())
+        most = k + n_init + n_local
+        capacity = min(-(-most // PAGE) + 4, -(-slots // PAGE)) if pages else min(most, slots)
+        out = np.empty((b, 1 if sum_heads else self.hkv, capacity), np.int32)
+        fields = {
+            "batch": b, "hq": hq, "hkv": self.hkv, "d": self.d, "dv": self.dv, "max_n": 1 << (n - 1).bit_length(),
+            "max_m": self.max_tokens, "compute": 0 if self.kind == "f16" else 2, "kv_layout": 1, "isa_cap": self._isa,
+        }  # fmt: skip
+        native_select.run(
+            fields, {"q": q}, out, threads, (self._handle.address, layer, seq), k=k, pool_width=pool_width,
+            n_init=n_init, n_local=n_local, sum_heads=int(sum_heads), softmax=int(softmax), round_pages=int(pages),
+        )  # fmt: skip
+        return out
 
     def lengths(self) -> np.ndarray:
         """int32 [layers, batch, Hkv or 1]: slots in use, evicted ones in pages not yet freed included."""

@@ -161,6 +161,11 @@ def _workspace(size: int) -> np.ndarray:
     return buffer
 
 
+def plan_of(fields: dict[str, Any], threads: int) -> _Owner:
+    """A kept plan for these ``etk_attn_desc`` fields; it lives as long as the caller holds what is returned."""
+    return _plans.get(Desc(struct_size=ctypes.sizeof(Desc), **fields), threads, None)
+
+
 def describe(threads: int, **values: Any) -> str:
     """The name of the kernel that a plan of these ``etk_attn_desc`` fields uses."""
     return _plans.get(Desc(struct_size=ctypes.sizeof(Desc), **values), threads, None).plan.kernel

@@ -79,6 +79,13 @@ static inline int64_t paged_row(const paged_run *r, int32_t b, int32_t h) {
   return kv_row(r->cache, r->io->kv_layer, paged_seq(r, b), kv_table_of(r->cache, h));
 }
 
+/* Position of query row i. */
+int64_t paged_row_pos(const etk_attn_io *io, int32_t b, int64_t i, int64_t next, int64_t n);
+/* The last page that row i of a call sees; -1 = none. row: of the cache's tables. */
+int64_t paged_own_page(const etk_attn_desc *d, const etk_attn_io *io, int32_t b, int64_t row, int64_t i, int64_t n);
+/* Everything of a run but its units; io must have been checked. lanes are taken at ws. */
+paged_run paged_begin(const etk_attn_desc *desc, const etk_attn_kernel *kernel, int32_t nthreads, const etk_attn_io *io, void *ws);
+
 /* Bring the unit's query rows into the lane. */
 void paged_load(const paged_run *r, paged_lane *a, const paged_unit *u);
 /* One chunk into a->m, l, o (natural units of p, log2 maxima with the smoothing put back). Returns 0 when no row saw a key. */

@@ -339,6 +339,58 @@ static void test_outputs(const etk_attn_kernel *kernel, int32_t bits) {
   drop(&s);
 }
 
+/* Selection over pages and over the same keys as a tensor: the lists agree where the pages are exact (f16), and what is refused. */
+static void test_select(const etk_attn_kernel *kernel) {
+  enum { N = 300, K = 40 };
+  setup s = make(16, 0, 4, 2, 48, 32, N);
+  engine e = start(&s, kernel->isa, 2);
+  push(&e, &s, 0, N);
+  for (int64_t i = 0; i < 2 * N * 48; i++) { /* the tensor holds what the pages hold */
+    uint16_t h;
+    etk_kv_kernel_pick(ETK_ISA_SCALAR)->round_f16(&s.k[i], 1, &h, &s.k[i]);
+  }
+  etk_attn_desc desc = s.at, dense = s.at;
+  desc.isa_cap = dense.isa_cap = kernel->isa;
+  dense.kv_layout = ETK_KV_DENSE;
+  etk_attn_plan *paged = NULL, *plain = NULL;
+  CHECK(etk_attn_plan_create(&desc, NULL, 2, &paged) == ETK_OK && etk_attn_plan_create(&dense, NULL, 2, &plain) == ETK_OK, "plans");
+  uint64_t bytes, more, align;
+  CHECK(etk_attn_select_workspace(paged, &bytes, &align) == ETK_OK && etk_attn_select_workspace(plain, &more, &align) == ETK_OK, "sizes");
+  bytes = bytes > more ? bytes : more;
+  void *ws = aligned_alloc(64, (bytes + 63) & ~(uint64_t)63);
+  int32_t a[2 * K], b[2 * K];
+  etk_tensor ta = {.data = a, .dtype = ETK_I32, .rank = 3, .dim = {1, 2, K}, .stride = {8 * K, 4 * K, 4}, .capacity = sizeof a}, tb = ta;
+  tb.data = b;
+  etk_attn_io io = query(&e, &s, N - 5, 5), flat = io;
+  flat.kv = NULL;
+  flat.k = view4(s.k, 2, N, 0, N, 48);
+  etk_select_desc want = {.struct_size = sizeof want, .k = K, .softmax = 1, .pool_width = 3};
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, bytes, NULL) == ETK_OK, "paged");
+  CHECK(etk_attn_select(plain, &flat, &want, &tb, ws, bytes, NULL) == ETK_OK, "dense");
+  int differ = 0;
+  for (int i = 0; i < 2 * K; i++) differ += a[i] != b[i];
+  CHECK(differ <= 6, "%d of %d entries differ", differ, 2 * K); /* sums in another order may swap neighbours at the cut */
+  want.round_pages = 1;
+  want.n_init = want.n_local = 1;
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, bytes, NULL) == ETK_OK && a[0] == 0 && (a[1] == 4 || a[2] == 4), "pages");
+  ta.dim[2] = 2;
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, bytes, NULL) == ETK_E_SHAPE, "short list");
+  ta.dim[2] = K;
+  want.pool_width = 2;
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, bytes, NULL) == ETK_E_RANGE, "even window");
+  want.pool_width = 0;
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, 64, NULL) == ETK_E_WORKSPACE, "workspace");
+  CHECK(etk_attn_select(plain, &io, &want, &ta, ws, bytes, NULL) < 0, "no keys");
+  CHECK(etk_attn_select(paged, &flat, &want, &ta, ws, bytes, NULL) == ETK_E_NULL, "no cache");
+  want.k = -1;
+  CHECK(etk_attn_select(paged, &io, &want, &ta, ws, bytes, NULL) == ETK_E_RANGE, "k");
+  etk_attn_plan_free(paged);
+  etk_attn_plan_free(plain);
+  free(ws);
+  stop(&e);
+  drop(&s);
+}
+
 static void test_refusals(const etk_attn_kernel *kernel) {
   setup s = make(8, 0, 2, 1, 32, 32, 200);
   engine e = start(&s, kernel->isa, 1);
@@ -390,6 +442,7 @@ int main(void) {
     test_masks(kernel, 4);
     test_outputs(kernel, 8);
     test_outputs(kernel, 4);
+    test_select(kernel);
     test_refusals(kernel);
   }
   if (failures) printf("test_kv_attn: %d failures\n", failures);

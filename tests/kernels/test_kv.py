@@ -7,7 +7,7 @@ import pytest
 
 from edgetok import native
 from edgetok.errors import InputError, ResourceError, UnsupportedError
-from edgetok.kernels import KVCache
+from edgetok.kernels import KVCache, select_keys
 
 pytestmark = pytest.mark.skipif(native.library_path() is None, reason="libedgetok is not built")
 KINDS = ("int8", "int4", "f16")
@@ -238,6 +238,71 @@ def test_scores_and_masses(kind: str) -> None:
     assert np.abs(np.log(np.exp(s).sum(1)) - got.lse[0, :, 1]).max() <= 0.02
     # two rows of two heads in each group; the codes of P make each row's total good to 2 %
     assert np.abs(got.mass[0].sum(1) - 4).max() <= 0.08
+
+
+def best(score: np.ndarray, k: int, always: np.ndarray) -> np.ndarray:
+    """Indices of the k largest scores beside ``always``, ties to the lower index; ascending."""
+    left = np.flatnonzero(~always & (score > -np.inf))
+    order = left[np.argsort(-score[left], kind="stable")][:k]
+    return np.sort(np.r_[order, np.flatnonzero(always)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sum_heads", [False, True])
+def test_selection_equals_the_law_on_the_cached_keys(kind: str, sum_heads: bool) -> None:
+    q, k, v = draw(24, 4, 2, 500, 64, 64)
+    cache = filled(kind, k, v)
+    got = cache.attend(0, q[None, :, -3:].mean(2, keepdims=True), score_rows=1, causal=False)
+    assert got.scores is not None  # the library's own logits: rankings are then exact
+    s = got.scores[0, :, 0]
+    p = np.exp(s - s.max(1, keepdims=True))
+    p = (p / p.sum(1, keepdims=True)).reshape(2, 2, 500).sum(1)
+    p = p.sum(0, keepdims=True) if sum_heads else p
+    pooled = np.stack([np.lib.stride_tricks.sliding_window_view(np.pad(x, 2), 5).max(1) for x in p])
+    always = (np.arange(500) < 4) | (np.arange(500) >= 490)
+    tokens = cache.select(
+        0, q[None, :, -3:], 60, pages=False, n_init=4, n_local=10, pool_width=5, sum_heads=sum_heads, threads=2
+    )
+    assert tokens.shape == (1, 1 if sum_heads else 2, 74)
+    for h, score in enumerate(pooled):
+        want = best(score, 60, always)
+        # expf and numpy's exp may order two nearly equal pooled scores differently: at most a pair of windows
+        assert len(np.setxor1d(tokens[0, h], want)) <= 10
+        assert score[tokens[0, h]].sum() >= score[want].sum() * (1 - 1e-4)
+    pages = cache.select(0, q[None, :, -3:], 100, sum_heads=sum_heads)
+    for h, score in enumerate(p):
+        page_score = np.array([score[i : i + 64].max() for i in range(0, 500, 64)])
+        assert pages[0, h][pages[0, h] >= 0].tolist() == best(page_score, 2, np.zeros(8, bool)).tolist()
+
+
+@pytest.mark.parametrize("d", [16, 40, 128])
+def test_dense_selection_equals_the_law(d: int) -> None:
+    rng = np.random.default_rng(26)
+    q, k = rng.standard_normal((2, 6, 3, d), np.float32), rng.standard_normal((2, 3, 333, d), np.float32)
+    s = np.einsum("bhd,bhmd->bhm", q.mean(2), np.repeat(k, 2, 1)).astype(np.float64) / np.sqrt(d)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p = (p / p.sum(-1, keepdims=True)).reshape(2, 3, 2, 333).sum(2)
+    always = np.arange(333) >= 330
+    got = select_keys(q, k, 50, n_local=3, threads=2)
+    for b in range(2):
+        for h in range(3):
+            assert len(np.setxor1d(got[b, h], best(p[b, h], 50, always))) <= 2  # float32 may swap a pair at the cut
+    raw = select_keys(q, k, 20, softmax=False, sum_heads=True)
+    assert len(np.setxor1d(raw[1, 0], best(s[1].sum(0), 20, np.zeros(333, bool)))) <= 2
+    assert select_keys(q, np.zeros_like(k), 5)[0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert (select_keys(q, k, 10_000)[0, 0] == np.arange(333)).all()
+
+
+def test_selection_leaves_evicted_slots_alone() -> None:
+    q, k, v = draw(25, 1, 1, 200, 32, 32)
+    cache = filled("int8", k, v)
+    keep = np.ones(200, bool)
+    keep[1::2] = False
+    cache.evict(0, 0, keep)
+    got = cache.select(0, q[None, :, -1:], 150, pages=False)
+    assert got[0, 0][got[0, 0] >= 0].tolist() == list(range(0, 200, 2))
+    with pytest.raises(InputError):
+        cache.select(0, q[None, :, -1:], 10, pool_width=4)
 
 
 def test_saved_bytes_continue_bit_for_bit() -> None:

@@ -139,7 +139,13 @@ typedef struct etk_select_desc {
   int32_t round_pages;/* 1: idx_out holds page numbers (64 keys), k rounded up to whole pages */
 } etk_select_desc;
 
-/* idx_out: i32 [B, Hkv or 1, capacity], ascending, padded with -1. */
+/* Reads io.q (its mean over N) and the keys: io.k of a DENSE plan (io.seq_k counts), every live slot of the cache of a PAGED one.
+ * Masks of the plan play no part. n_init first and n_local last keys are taken beside the k best; with round_pages the pages
+ * of the best keys are taken until there are ceil(k / 64) of them, and those of n_init and n_local beside them. Equal scores: lower index.
+ * idx_out: i32 [B, Hkv or 1 (sum_heads), capacity], ascending, padded with -1; ETK_E_SHAPE when capacity is under what can be
+ * selected: min(k + n_init + n_local, keys), pages counted whole. ws: etk_attn_select_workspace bytes, aligned to 64. Otherwise as
+ * etk_attn_run. */
+ETK_API ETK_MUST_USE etk_status etk_attn_select_workspace(const etk_attn_plan *plan, uint64_t *bytes, uint64_t *align);
 ETK_API ETK_MUST_USE etk_status etk_attn_select(const etk_attn_plan *plan, const etk_attn_io *io, const etk_select_desc *select,
                                                 etk_tensor *idx_out, void *ws, uint64_t ws_bytes, const etk_pool *pool);
 
