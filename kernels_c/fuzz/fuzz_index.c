@@ -226,14 +226,96 @@ static void scores_target(fuzz *f) {
   judge(&a, &x, build(&how, &q, &k, &a, &x, ws, bytes, pool), q.dim[0], q.dim[1], q.dim[2], k.dim[2]);
 }
 
+/* A permutation and its inverse, or an abort. */
+static void judge_order(const int32_t *perm, const int32_t *inverse, int64_t heads, int64_t n) {
+  for (int64_t h = 0; h < heads; h++) {
+    FUZZ_CHECK(etk_perm_check(perm + h * n, n) == ETK_OK);
+    for (int64_t i = 0; i < n; i++) FUZZ_CHECK(inverse[h * n + perm[h * n + i]] == i);
+  }
+}
+
+static int32_t *room(fuzz *f, int64_t n) { return fuzz_block(f, (uint64_t)n * 4, 16); }
+
+static void clusters_target(fuzz *f) {
+  const int64_t hkv = 1 + fuzz_upto(f, 1), hq = hkv * (1 + fuzz_upto(f, 1)), batch = fuzz_upto(f, 2), d = 1 + fuzz_upto(f, 40);
+  const int64_t qd[] = {batch, hq, fuzz_upto(f, 130), d}, kd[] = {batch, hkv, fuzz_upto(f, 130), d};
+  etk_tensor q = fuzz_tensor(f, ETK_F32, 4, qd), k = fuzz_tensor(f, ETK_F32, 4, kd);
+  if (fuzz_u8(f) % 8 == 7) fuzz_break(f, &q);
+  if (fuzz_u8(f) % 8 == 7) fuzz_break(f, &k);
+  const etk_clusters_desc plain = {.struct_size = sizeof plain,
+                                   .q_clusters = (int32_t)(fuzz_rarely(f) ? fuzz_number(f) : 1 + fuzz_upto(f, 70)),
+                                   .k_clusters = (int32_t)(fuzz_rarely(f) ? fuzz_number(f) : 1 + fuzz_upto(f, 70)),
+                                   .iterations = (int32_t)(fuzz_rarely(f) ? fuzz_number(f) : fuzz_upto(f, 3)),
+                                   .warm = fuzz_rarely(f) ? (int32_t)fuzz_number(f) : fuzz_u8(f) & 1,
+                                   .scale = fuzz_rarely(f) ? fuzz_float(f) : 0.0f, .p = fuzz_rarely(f) ? fuzz_float(f) : 0.8f,
+                                   .min_ratio = fuzz_rarely(f) ? fuzz_float(f) : 0.1f};
+  const etk_clusters_desc *desc = fuzz_struct(f, &plain, sizeof plain);
+  fuzz_pool state;
+  const etk_pool *pool = fuzz_make_pool(f, &state);
+  uint64_t bytes = 0;
+  if (etk_bsr_from_clusters_workspace(desc, &q, &k, pool, &bytes) < 0 || bytes > FUZZ_MAX_BYTES) return;
+  void *ws = fuzz_block(f, bytes, 64);
+  const int64_t qn = q.dim[0] * q.dim[1] * q.dim[2], kn = k.dim[0] * k.dim[1] * k.dim[2], heads = q.dim[0] * q.dim[1];
+  const etk_cluster_arrays to = {room(f, qn), room(f, kn), room(f, qn), room(f, qn), room(f, kn), room(f, kn),
+                                 room(f, heads * (plain.q_clusters + 1)), room(f, heads * (plain.k_clusters + 1))};
+  for (int64_t i = 0; i < qn; i++) to.q_labels[i] = (int32_t)(i % plain.q_clusters);
+  for (int64_t i = 0; i < kn; i++) to.k_labels[i] = (int32_t)(i % plain.k_clusters);
+  if (qn && fuzz_rarely(f)) to.q_labels[fuzz_u8(f) % qn] = (int32_t)fuzz_number(f);
+  if (kn && fuzz_rarely(f)) to.k_labels[fuzz_u8(f) % kn] = (int32_t)fuzz_number(f);
+  etk_index_arrays a = {0};
+  etk_bsr x;
+  if (etk_bsr_from_clusters(desc, &q, &k, &to, &a, NULL, ws, bytes, pool) < 0) return;
+  FUZZ_CHECK(etk_bsr_from_clusters(desc, &q, &k, &to, &a, NULL, ws, bytes - 1, pool) < 0);
+  if (!give_arrays(f, &a)) return;
+  const etk_status st = etk_bsr_from_clusters(desc, &q, &k, &to, &a, &x, ws, bytes, pool);
+  judge(&a, &x, st, q.dim[0], q.dim[1], q.dim[2], k.dim[2]);
+  if (st < 0) return;
+  judge_order(to.q_perm, to.q_inverse, heads, q.dim[2]);
+  judge_order(to.k_perm, to.k_inverse, k.dim[0] * k.dim[1], k.dim[2]);
+}
+
+static void paro_target(fuzz *f) {
+  const int64_t frames = fuzz_upto(f, 4), height = fuzz_upto(f, 6), width = fuzz_upto(f, 8), text = fuzz_upto(f, 70);
+  const int64_t heads = 1 + fuzz_upto(f, 2), d = 1 + fuzz_upto(f, 20);
+  const int64_t dim[] = {fuzz_upto(f, 2), heads, frames * height * width + text, d};
+  etk_tensor q = fuzz_tensor(f, ETK_F32, 4, dim), k = fuzz_tensor(f, ETK_F32, 4, dim);
+  if (fuzz_u8(f) % 8 == 7) fuzz_break(f, &q);
+  if (fuzz_u8(f) % 8 == 7) fuzz_break(f, &k);
+  const etk_paro_desc plain = {.struct_size = sizeof plain, .frames = fuzz_rarely(f) ? fuzz_number(f) : frames,
+                               .height = fuzz_rarely(f) ? fuzz_number(f) : height, .width = fuzz_rarely(f) ? fuzz_number(f) : width,
+                               .text = fuzz_rarely(f) ? fuzz_number(f) : text, .scale = fuzz_rarely(f) ? fuzz_float(f) : 0.0f,
+                               .alpha = fuzz_rarely(f) ? fuzz_float(f) : 0.5f, .eps = fuzz_rarely(f) ? fuzz_float(f) : 0.0f,
+                               .density = fuzz_rarely(f) ? fuzz_float(f) : 0.2f, .mass = fuzz_rarely(f) ? fuzz_float(f) : 0.0f};
+  const etk_paro_desc *desc = fuzz_struct(f, &plain, sizeof plain);
+  fuzz_pool state;
+  const etk_pool *pool = fuzz_make_pool(f, &state);
+  uint64_t bytes = 0;
+  if (etk_bsr_from_paro_workspace(desc, &q, &k, pool, &bytes) < 0 || bytes > FUZZ_MAX_BYTES) return;
+  void *ws = fuzz_block(f, bytes, 64);
+  const int64_t n = q.dim[2];
+  const etk_paro_arrays to = {.order = room(f, heads), .quant = fuzz_block(f, (uint64_t)heads * 48, 16),
+                              .sparse = fuzz_u8(f) & 1 ? fuzz_block(f, (uint64_t)heads * 48, 16) : NULL,
+                              .perm = room(f, heads * n), .inverse = room(f, heads * n)};
+  etk_index_arrays a = {0};
+  etk_bsr x;
+  if (etk_bsr_from_paro(desc, &q, &k, &to, &a, NULL, ws, bytes, pool) < 0) return;
+  FUZZ_CHECK(etk_bsr_from_paro(desc, &q, &k, &to, &a, NULL, ws, bytes - 1, pool) < 0);
+  if (!give_arrays(f, &a)) return;
+  const etk_status st = etk_bsr_from_paro(desc, &q, &k, &to, &a, &x, ws, bytes, pool);
+  judge(&a, &x, st, q.dim[0], q.dim[1], n, n);
+  if (st >= 0) judge_order(to.perm, to.inverse, q.dim[1], n);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   fuzz f = {.data = data, .size = size};
-  switch (fuzz_upto(&f, 5)) {
+  switch (fuzz_upto(&f, 7)) {
     case 0: check_target(&f); break;
     case 1: perm_target(&f); break;
     case 2: window_target(&f); break;
     case 3: radial_target(&f); break;
     case 4: mask_target(&f); break;
+    case 5: clusters_target(&f); break;
+    case 6: paro_target(&f); break;
     default: scores_target(&f); break;
   }
   fuzz_free(&f);
