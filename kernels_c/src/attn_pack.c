@@ -238,12 +238,8 @@ static void pack_task(void *arg, int64_t gp, int worker) {
   if (bad) atomic_store_explicit(&j->nonfinite, 1, memory_order_relaxed);
 }
 
-/* Mark the pages that a block index names. */
-static void mark_needed(attn_job *j) {
+static void mark_listed(attn_job *j) {
   const etk_bsr *x = &j->io.bsr;
-  j->sparse_pack = (j->desc->mask_kind & ETK_MASK_BSR) && x->bq == 64 && !j->explicit_k;
-  if (!j->sparse_pack) return;
-  memset(j->needed, 0, (size_t)j->npages);
   for (int64_t b = 0; b < j->desc->batch; b++)
     for (int64_t h = 0; h < j->desc->hq; h++) {
       const attn_seq *s = &j->seqs[b];
@@ -254,6 +250,30 @@ static void mark_needed(attn_job *j) {
         for (int64_t i = x->row_ptr[row]; i < x->row_ptr[row + x->nqb]; i++)
           if (x->col[i] < s->pages) at[x->col[i]] = 1;
     }
+}
+
+/* Few queries and a window: the pages between the first query's left end and the last one's right end, and the sink's. */
+static void mark_window(attn_job *j) {
+  for (int64_t b = 0; b < j->desc->batch; b++) {
+    const attn_seq *s = &j->seqs[b];
+    const int64_t first = s->m - s->n - j->win_left, last = s->m - 1 + j->win_right;
+    for (int64_t p = 0; p < s->pages; p++) {
+      const int64_t k0 = p * ETK_PAGE;
+      const int seen = (k0 + ETK_PAGE > first && k0 <= last) || k0 < j->sink;
+      for (int64_t hk = 0; hk < j->desc->hkv; hk++) j->needed[s->first_page + hk * s->pages + p] = (uint8_t)seen;
+    }
+  }
+}
+
+/* Which pages any tile can name, where that is cheap to know. */
+static void mark_needed(attn_job *j) {
+  const int bsr = (j->desc->mask_kind & ETK_MASK_BSR) != 0, listed = bsr && j->io.bsr.bq == 64;
+  const int window = !bsr && (j->desc->mask_kind & ETK_MASK_WINDOW) && !j->q_pos.data;
+  j->sparse_pack = (listed || window) && !j->explicit_k;
+  if (!j->sparse_pack) return;
+  memset(j->needed, 0, (size_t)j->npages);
+  if (listed) mark_listed(j);
+  else mark_window(j);
 }
 
 etk_status attn_pack(attn_job *j, const etk_pool *pool) {
