@@ -39,6 +39,7 @@ typedef struct work {
 typedef void (*phase)(work *w, int t);
 static void strip_s8(work *w, int t) { w->k->strip_s8(&w->s[t]); }
 static void block_s8(work *w, int t) { w->k->block_s8(&w->s[t]); }
+static void block_f32(work *w, int t) { w->k->block_f32(&w->s[t]); }
 static void qk_s8(work *w, int t) { w->k->qk_s8(&w->s[t], w->out); }
 static void pv_s8(work *w, int t) { w->k->pv_s8(&w->s[t], w->p, w->w); }
 static void strip_f32(work *w, int t) { w->k->strip_f32(&w->s[t]); }
@@ -124,11 +125,11 @@ int main(int argc, char **argv) {
         printf("%-28s %4d %5d  %9.1f %8.0f %5.0f%%   %9.1f %9.1f %s\n", k->name, d, k->mr, strip, ops / strip,
                top > 0 ? 100 * ops / strip / top : 0, best(&w, as_float ? qk_f32 : qk_s8), best(&w, as_float ? pv_f32 : pv_s8),
                as_float ? "fp32" : "int8");
-        if (as_float || !k->block_s8) continue;
+        if (!(as_float ? k->block_f32 : k->block_s8)) continue;
         for (int t = 0; t < PAGES; t++) w.s[t].rows = ROWS;
-        const double whole = best(&w, block_s8), all = 4.0 * ROWS * 64 * d;
-        printf("%-28s %4d %5d  %9.1f %8.0f %5.0f%%   a block of rows in one call\n", k->name, d, ROWS, whole, all / whole,
-               peak > 0 ? 100 * all / whole / peak : 0);
+        const double whole = best(&w, as_float ? block_f32 : block_s8), all = 4.0 * ROWS * 64 * d;
+        printf("%-28s %4d %5d  %9.1f %8.0f %5.0f%%   a block of rows in one call, %s\n", k->name, d, ROWS, whole, all / whole,
+               top > 0 ? 100 * all / whole / top : 0, as_float ? "fp32" : "int8");
       }
     }
   }

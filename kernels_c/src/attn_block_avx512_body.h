@@ -1,4 +1,4 @@
-/* Many rows against one page without a mask, INT8; part of attn_s8_avx512_body.h. Internal.
+/* Many rows against one page without a mask; part of attn_s8_avx512_body.h. Internal.
  *
  * Strips of 4 rows in a pipeline: while the vpdpbusd of QK of one strip fill two of the four vector ports, the softmax of
  * the strip before runs on the others, a row after each quarter of the channels. Its S waits in L1.
@@ -108,4 +108,84 @@ static void block_s8(const etk_strip *s) {
     block_pv(s, i * BR, now);
   }
   block_rest(s, n * BR);
+}
+
+/* ---- float: the same pipeline; p relative to the new maximum ---- */
+
+typedef struct turn_floats {
+  float y[BR * 64]; /* logits, then p */
+  __m512 sum[BR];
+  float next[16], a[16];
+} __attribute__((aligned(64))) turn_floats;
+
+INLINE void blockf_row(turn_floats *t, int i) {
+  const __m512 m = _mm512_set1_ps(t->next[i]);
+  __m512 e[NV];
+  UNROLL for (int j = 0; j < NV; j++) {
+    e[j] = exp2_ps(_mm512_sub_ps(_mm512_load_ps(t->y + 64 * i + 16 * j), m));
+    _mm512_store_ps(t->y + 64 * i + 16 * j, e[j]);
+  }
+  t->sum[i] = _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]));
+}
+
+INLINE void blockf_qk(const etk_strip *s, int32_t row, turn_floats *t, turn_floats *before) {
+  const int64_t stride = s->d_pad;
+  const float *k = s->k, *q = s->qf + row * stride, *q2 = q + 2 * stride;
+  __m512 acc[BR][NV];
+  UNROLL for (int i = 0; i < BR; i++) UNROLL for (int j = 0; j < NV; j++) acc[i][j] = _mm512_setzero_ps();
+  UNROLL for (int u = 0; u < BR; u++) {
+    if (before) blockf_row(before, u);
+    for (const float *end = k + 16 * stride; k != end; k += 64, q++, q2++) {
+      const __m512 k0 = _mm512_load_ps(k), k1 = _mm512_load_ps(k + 16), k2 = _mm512_load_ps(k + 32), k3 = _mm512_load_ps(k + 48);
+      UNROLL for (int i = 0; i < BR; i++) {
+        const __m512 b = _mm512_set1_ps((i < 2 ? q : q2)[(i & 1) * stride]);
+        FMA(acc[i][0], b, k0);
+        FMA(acc[i][1], b, k1);
+        FMA(acc[i][2], b, k2);
+        FMA(acc[i][3], b, k3);
+      }
+    }
+  }
+  __m512 top[BR];
+  UNROLL for (int i = 0; i < BR; i++) {
+    UNROLL for (int j = 0; j < NV; j++) _mm512_store_ps(t->y + 64 * i + 16 * j, acc[i][j]);
+    top[i] = _mm512_max_ps(_mm512_max_ps(acc[i][0], acc[i][1]), _mm512_max_ps(acc[i][2], acc[i][3]));
+  }
+  const __m512 mt = fmax_across(top, BR), m = load_rows(s->m + row, BR);
+  const __mmask16 seen = _mm512_mask_cmp_ps_mask(lanes_of(BR), mt, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+  const __m512 mn = _mm512_mask_max_ps(m, seen, m, mt);
+  _mm512_store_ps(t->a, _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), seen, exp2_ps(_mm512_sub_ps(m, mn))));
+  _mm512_store_ps(t->next, _mm512_mask_mov_ps(_mm512_setzero_ps(), seen, mn));
+  store_rows(s->m + row, mn, BR);
+}
+
+INLINE void blockf_pv(const etk_strip *s, int32_t row, const turn_floats *t) {
+  etk_strip x = *s;
+  x.o += (int64_t)row * s->dv_pad;
+  store_rows(s->l + row, _mm512_fmadd_ps(_mm512_load_ps(t->a), load_rows(s->l + row, BR), fsum_across(t->sum, BR)), BR);
+  pvf_all(&x, t->y, t->a, BR);
+}
+
+static void blockf_rest(const etk_strip *s, int32_t row) {
+  for (; row < s->rows; row += MR) {
+    etk_strip x = *s;
+    x.rows = s->rows - row < MR ? s->rows - row : MR;
+    x.qf += (int64_t)row * s->d_pad, x.m += row, x.l += row;
+    x.o += (int64_t)row * s->dv_pad;
+    if (s->mask) x.mask += row;
+    strip_f32(&x);
+  }
+}
+
+static void block_f32(const etk_strip *s) {
+  turn_floats t[2];
+  const int32_t n = s->mask || s->skip_log2 != 0.0f || s->rows < 2 * BR ? 0 : s->rows / BR;
+  if (n) blockf_qk(s, 0, &t[0], NULL);
+  for (int32_t i = 0; i < n; i++) {
+    turn_floats *now = &t[i & 1];
+    if (i + 1 < n) blockf_qk(s, (i + 1) * BR, &t[~i & 1], now);
+    else UNROLL for (int u = 0; u < BR; u++) blockf_row(now, u);
+    blockf_pv(s, i * BR, now);
+  }
+  blockf_rest(s, n * BR);
 }

@@ -73,8 +73,9 @@ typedef struct etk_attn_kernel {
   void (*read_v)(const void *page, int32_t dv_pad, int8_t *codes);
 
   void (*strip_s8)(const etk_strip *a);                                  /* all of the law above */
-  /* The same for any number of rows at once; NULL when it would gain nothing over strips of mr rows. */
+  /* strip_s8 and strip_f32 for any number of rows at once; NULL when that would gain nothing over strips of mr rows. */
   void (*block_s8)(const etk_strip *a);
+  void (*block_f32)(const etk_strip *a);
   void (*qk_s8)(const etk_strip *a, int32_t *s);                         /* s[rows][64], natural key order */
   /* The general softmax: y[rows][64] logits in log2 units, -inf = masked; updates m and l, scales o by a, writes P in
    * p_order and w[rows] (0 for a row without a visible key, whose P is 0). */

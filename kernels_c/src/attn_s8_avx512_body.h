@@ -393,6 +393,6 @@ extern const etk_attn_kernel KERNEL;
 const etk_attn_kernel KERNEL = {
     .name = NAME, .isa = ISA, .mr = MR, .p_max = 255, .layout = 1, .p_order = k_p_order, .quant_q = quant_q,
     .pack_k = pack_k, .pack_v = pack_v, .lay_k = lay_k, .lay_v = lay_v, .read_k = read_k, .read_v = read_v,
-    .strip_s8 = strip_s8, .block_s8 = block_s8, .qk_s8 = qk_s8, .softmax_u8 = softmax_u8, .pv_s8 = pv_s8, .strip_f32 = strip_f32,
+    .strip_s8 = strip_s8, .block_s8 = block_s8, .block_f32 = block_f32, .qk_s8 = qk_s8, .softmax_u8 = softmax_u8, .pv_s8 = pv_s8, .strip_f32 = strip_f32,
     .qk_f32 = qk_f32, .softmax_f32 = softmax_f32, .pv_f32 = pv_f32,
 };

@@ -94,7 +94,8 @@ static int strip_mask(const uint64_t *mask, int32_t rows) {
 static void walk_fused(const attn_job *j, attn_lane *lane, const attn_piece *piece, int64_t ntiles) {
   void (*const strip)(const etk_strip *) = j->plan->int8_qk ? j->kernel->strip_s8 : j->kernel->strip_f32;
   /* All rows at once where the kernel can; tile skipping is decided strip by strip. */
-  void (*const block)(const etk_strip *) = j->plan->int8_qk && j->desc->tile_skip_log2 == 0.0f ? j->kernel->block_s8 : NULL;
+  void (*const all)(const etk_strip *) = j->plan->int8_qk ? j->kernel->block_s8 : j->kernel->block_f32;
+  void (*const block)(const etk_strip *) = j->desc->tile_skip_log2 == 0.0f ? all : NULL;
   const int32_t mr = j->kernel->mr, n = piece->n;
   etk_strip page;
   for (int64_t t = 0; t < ntiles; t++) {

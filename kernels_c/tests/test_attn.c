@@ -268,6 +268,30 @@ static void check_block(const etk_attn_kernel *k, const data *x) {
   side_free(k, &a, x), side_free(k, &b, x);
 }
 
+static void check_block_float(const etk_attn_kernel *k, const data *x) {
+  side a = side_make(k, x), b = side_make(k, x);
+  float *kf = memcpy(block((size_t)x->dp * 256), x->kx, (size_t)x->dp * 256);
+  float *vf = memcpy(block((size_t)x->dvp * 256), x->vx, (size_t)x->dvp * 256);
+  a.s.k = b.s.k = kf, a.s.v = b.s.v = vf;
+  for (int tile = 0; tile < 3; tile++) {
+    a.s.mask = tile == 1 ? x->mask : NULL;
+    k->block_f32(&a.s);
+    for (int32_t row = 0; row < x->rows; row += k->mr) {
+      etk_strip s = a.s;
+      s.rows = x->rows - row < k->mr ? x->rows - row : k->mr;
+      s.qf += row * x->dp, s.m = b.m + row, s.l = b.l + row, s.o = b.o + row * x->dvp;
+      if (s.mask) s.mask += row;
+      k->strip_f32(&s);
+    }
+  }
+  for (int32_t i = 0; i < x->rows; i++)
+    if (a.m[i] != b.m[i] || a.l[i] != b.l[i]) fail(k, "block_f32 l", x->d, x->rows, i, a.l[i], b.l[i]);
+  for (int32_t i = 0; i < x->rows * x->dvp; i++)
+    if (a.o[i] != b.o[i]) fail(k, "block_f32", x->d, x->rows, i, a.o[i], b.o[i]);
+  free(kf), free(vf);
+  side_free(k, &a, x), side_free(k, &b, x);
+}
+
 /* QK: d roundings of at most the sum of magnitudes. softmax: exp2 within 4e-6. PV: 64 roundings. */
 static void check_float(const etk_attn_kernel *k, const etk_attn_kernel *ref, const data *x) {
   float y[2][ROWS * 64], p[2][ROWS * 64];
@@ -323,6 +347,7 @@ int main(void) {
       for (int32_t rows = 1; k->block_s8 && rows <= ROWS && d <= 256; rows++) {
         draw(&x, d, dv, rows, rows % 5);
         check_block(k, &x);
+        if (k->block_f32) check_block_float(k, &x);
       }
     }
     printf("%s: %s\n", k->name, g_failed == before ? "ok" : "FAILED");
