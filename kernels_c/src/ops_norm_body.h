@@ -125,14 +125,16 @@ static float norm_write_any(const norm_row *r, int largest, int64_t cols, vf mea
   return norm_write(r, has, largest, cols, mean, rstd, y);
 }
 
-enum { NORM_STASH = 4096 /* y of a row kept on the stack when only its codes are wanted */, NORM_ROWS = 4 };
+enum { NORM_STASH = 4096 /* y of a row kept on the stack when only its codes are wanted */, NORM_ROWS = 4,
+       NORM_L1 = 24 * 1024 /* bytes of rows in flight */ };
 
-/* Up to four short rows at a time: while the sums of one are folded, the next one is read. */
+/* Up to four rows at a time, as many as stay in L1: while the sums of one are folded, the next one is read. */
 static void k_norm(etk_rows *a) {
   const int64_t cols = a->cols;
   const float *gamma = (const float *)(const void *)a->at[2], *beta = (const float *)(const void *)a->at[3];
   const float share = 1.0f / (float)cols;
-  const int group = cols <= 1024 ? NORM_ROWS : 1;
+  const int64_t row_bytes = 4 * cols * (1 + (a->at[1] != NULL) + (a->at[4] != NULL) + (a->at[5] != NULL));
+  const int group = NORM_ROWS * row_bytes <= NORM_L1 ? NORM_ROWS : 2 * row_bytes <= NORM_L1 ? 2 : 1;
   float stash[NORM_STASH];
   for (int64_t first = 0; first < a->rows; first += group) {
     const int n = a->rows - first < group ? (int)(a->rows - first) : group;

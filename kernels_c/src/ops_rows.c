@@ -23,7 +23,7 @@ static etk_status check_rows(const etk_tensor *big, const etk_tensor *idx, const
 
 /* The next row is asked for while this one is copied: the processor's own prefetching cannot know where it lies. */
 static void ask_for(const char *p, size_t bytes) {
-  for (size_t i = 0; i < bytes && i < 1024; i += 64) __builtin_prefetch(p + i);
+  for (size_t i = 0; i < bytes && i < 256; i += 64) __builtin_prefetch(p + i);
 }
 
 static void move(const etk_tensor *from, const etk_tensor *idx, const etk_tensor *to, int gather) {
