@@ -83,6 +83,11 @@ typedef struct etk_bsr {
 
 struct etk_kv_cache;
 
+/* Positions, biases, gates and every output go by rows of the tensors, whatever q_perm, k_perm or gather do to the order
+ * in which they are walked. With packed sequences the batch axis is gone and tokens come first: q, k, v, o [total, H, d],
+ * lse [total, Hq], colmass [total, H], gate [total, Hq, 1 or dv], key_bias [total, Hq or 1], q_pos, k_pos [total]; seq_k,
+ * permutations, BSR, GATHER and scores are then ETK_E_UNSUPPORTED. An output tensor may not be given without its flag
+ * (lse excepted). Lengths, permutations and block indices are checked by every run. */
 typedef struct etk_attn_io {
   uint32_t struct_size, reserved;
   etk_tensor q, k, v, o;       /* f32 (q, k, v also f16) */
@@ -97,7 +102,7 @@ typedef struct etk_attn_io {
   etk_tensor q_pos, k_pos;     /* i32 or i64 [B or 1, N], [B or 1, Hkv or 1, M] */
   etk_tensor q_perm, k_perm;   /* i32 [B or 1, H or 1, N or M] row orders: row r of the problem is row perm[r] of the tensor */
   etk_tensor o_perm;           /* i32, as q_perm: row r of the problem is written to row o_perm[r]; absent = q_perm's order */
-  etk_tensor sink_logit;       /* f32 [Hq]: one more logit per row, with value zero */
+  etk_tensor sink_logit;       /* f32 [Hq]: one more logit per row, with value zero; part of lse */
   etk_tensor gate;             /* f32 [B, Hq, N, 1 or dv]: multiplies O */
   etk_tensor k_mean;           /* f32 [B or 1, Hkv, d]: the smoothing vector; absent = mean of all keys */
   etk_tensor lse;              /* f32 [B, Hq, N], natural log, true keys (smoothing undone); -inf for empty rows */
@@ -151,7 +156,8 @@ ETK_API ETK_MUST_USE etk_status etk_attn_select(const etk_attn_plan *plan, const
 
 /* Column masses with weights: mass[k, j] = sum_i row_weight[i] mean_{h in group} softmax((s[i, :] + noise) / temperature)[j].
  * row_weight f32 [N] (absent = 1), temperature 0 = 1; seed 0 = no Gumbel noise, else noise from a counter-based
- * generator keyed by (seed, layer, query head, query position, key position). out f32 [B, Hkv, M]. */
+ * generator keyed by (seed, layer, query head, query position, key position). out f32 [B, Hkv, M]. The plan must have
+ * ETK_F_RETURN_COLMASS (its workspace then keeps the rows), else ETK_E_RANGE; io's v and outputs are not read. */
 typedef struct etk_colmass_desc {
   uint32_t struct_size;
   float temperature;
