@@ -117,7 +117,10 @@ def _lib() -> Any:
 def _huge(size: int) -> mmap.mmap:
     """Anonymous memory, committed when touched; the kernel is asked for huge pages where it can give them."""
     try:
-        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MAP_PRIVATE"):  # the default is shared memory, which gets no huge pages
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            memory = mmap.mmap(-1, size)
     except (OSError, ValueError, OverflowError) as exc:
         raise ResourceError(f"cannot reserve {size} bytes for a KV cache", next="fewer pages or tokens") from exc
     if hasattr(mmap, "MADV_HUGEPAGE"):
