@@ -101,6 +101,20 @@ def test_only_etk_names_are_exported() -> None:
     assert {name for name in names if not name.startswith("etk_")} - {"_init", "_fini"} == set()
 
 
+def test_every_declared_function_is_exported() -> None:
+    """A function that a header promises and the library lacks is found here, not by the user's linker."""
+    path = native.library_path()
+    if shutil.which("nm") is None or path is None or path.suffix != ".so":
+        pytest.skip("needs nm and an ELF library")
+    lines = c_build.run("nm", "--dynamic", "--defined-only", path).splitlines()
+    names = {line.split()[-1] for line in lines if len(line.split()) == 3}
+    declared = set()
+    for header in (c_build.ROOT / "kernels_c" / "include" / "edgetok").glob("*.h"):
+        declared |= set(re.findall(r"ETK_API\b[^;(]*?\b(etk_\w+)\s*\(", header.read_text()))
+    assert len(declared) > 5
+    assert declared - names == set()
+
+
 def test_table_lists_every_row_of_this_family() -> None:
     text = (c_build.ROOT / "kernels_c" / "kernels.def").read_text()
     family = "ARM" if os.uname().machine in ("aarch64", "arm64") else "X86"
