@@ -19,6 +19,8 @@ static int runs(const etk_index_kernel *kernel, uint32_t usable) {
     case ETK_ISA_SCALAR: return 1;
     case ETK_ISA_AVX2: return (usable & ETK_CPU_AVX2) != 0;
     case ETK_ISA_AVX512VNNI: return (usable & ETK_CPU_AVX512VNNI) != 0;
+    case ETK_ISA_NEON: return (usable & ETK_CPU_NEON) != 0;
+    case ETK_ISA_NEONDOT: return (usable & ETK_CPU_NEONDOT) != 0;
     default: return 0;
   }
 }
