@@ -240,6 +240,7 @@ static void pack_task(void *arg, int64_t gp, int worker) {
 
 static void mark_listed(attn_job *j) {
   const etk_bsr *x = &j->io.bsr;
+  if (x->nqb == 0) return; /* no queries: strides and patterns are not checked then */
   for (int64_t b = 0; b < j->desc->batch; b++)
     for (int64_t h = 0; h < j->desc->hq; h++) {
       const attn_seq *s = &j->seqs[b];

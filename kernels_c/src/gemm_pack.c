@@ -121,7 +121,7 @@ etk_status etk_gemm_unpack(const void *packed, uint64_t bytes, etk_tensor *out) 
   if (out->dim[0] != g.n * g.halves || out->dim[1] != g.k) return ETK_E_SHAPE;
   const etk_tensor whole = {.data = (void *)(uintptr_t)packed, .dtype = ETK_U8, .rank = 1, .dim = {(int64_t)g.bytes}, .stride = {1}};
   if (etk_tensor_overlap(&whole, out)) return ETK_E_ALIAS;
-  for (int64_t row = 0; row < g.n * g.halves; row++) {
+  for (int64_t row = 0; g.k > 0 && row < g.n * g.halves; row++) {
     const int64_t half = row / g.n, at = row % g.n;
     const uint8_t *rec = (const uint8_t *)packed + etk_gemm_panel_at(&g, at / g.nr, (int32_t)half) + (int64_t)g.nr * 4;
     const int32_t column = (int32_t)(at % g.nr);

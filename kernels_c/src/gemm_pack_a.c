@@ -24,7 +24,10 @@ static int64_t rows_of(const pack_job *job, int64_t tile) {
   return left < mr ? left : mr;
 }
 
-static const uint8_t *row_at(const etk_tensor *t, int64_t row) { return (const uint8_t *)t->data + row * t->stride[0]; }
+/* An empty tensor may have no data: arithmetic on a null pointer is undefined even by zero. */
+static const uint8_t *row_at(const etk_tensor *t, int64_t row) {
+  return t->data ? (const uint8_t *)t->data + row * t->stride[0] : NULL;
+}
 
 static void range_tile(void *arg, int64_t tile, int worker) {
   (void)worker;
@@ -169,7 +172,7 @@ etk_status etk_gemm_quantize(const etk_tensor *x, int32_t a_quant, etk_tensor *c
   }
   for (int64_t r = 0; r < m; r++) {
     const float *row = (const float *)(const void *)row_at(x, r);
-    uint8_t *to = (uint8_t *)codes->data + r * codes->stride[0];
+    uint8_t *to = codes->data ? (uint8_t *)codes->data + r * codes->stride[0] : NULL;
     for (int64_t at = 0; at < k || (at == 0 && a_quant == ETK_A_ROW); at += step) {
       const int64_t n = k - at < step ? k - at : step, group = a_quant == ETK_A_GROUP32 ? at / 32 : 0;
       if (a_quant != ETK_A_TENSOR) {

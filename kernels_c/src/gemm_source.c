@@ -25,7 +25,10 @@ uint16_t gemm_to_f16(float x) {
   return (uint16_t)(sign | ((b - 0x38000000u) >> 13));
 }
 
-static const uint8_t *row_of(const etk_tensor *t, int64_t row) { return (const uint8_t *)t->data + row * t->stride[0]; }
+/* An empty tensor may have no data: arithmetic on a null pointer is undefined even by zero. */
+static const uint8_t *row_of(const etk_tensor *t, int64_t row) {
+  return t->data ? (const uint8_t *)t->data + row * t->stride[0] : NULL;
+}
 
 static etk_status shape_is(const etk_tensor *t, int64_t rows, int64_t columns) {
   return t->dim[0] == rows && t->dim[1] == columns ? ETK_OK : ETK_E_SHAPE;

@@ -30,7 +30,7 @@ static void move(const etk_tensor *from, const etk_tensor *idx, const etk_tensor
   const int32_t r = from->rank;
   const size_t bytes = (size_t)(from->dim[r - 1] * etk_dtype_bytes(from->dtype));
   const int64_t count = idx->dim[r - 2], step = idx->stride[r - 2];
-  if (bytes == 0) return;
+  if (bytes == 0 || count == 0) return; /* empty tensors may have no data */
   for (int64_t b = 0; b < (r == 3 ? from->dim[0] : 1); b++) {
     const char *p = (const char *)idx->data + (r == 3 ? b * idx->stride[0] : 0);
     const char *const src = (const char *)from->data + (r == 3 ? b * from->stride[0] : 0);
