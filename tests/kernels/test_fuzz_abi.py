@@ -43,6 +43,7 @@ def test_hostile_calls_are_answered_with_a_status(programs: Path, tmp_path: Path
     found.mkdir()
     c_build.run(
         programs / "kernels_c" / target,
+        f"-seed={os.environ.get('EDGETOK_FUZZ_SEED', '1')}",  # one sequence, so that a finding belongs to a change
         f"-max_total_time={SECONDS}",
         "-timeout=60",
         "-rss_limit_mb=2048",
