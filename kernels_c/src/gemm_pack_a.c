@@ -64,7 +64,7 @@ static void code_row(pack_job *job, int64_t row, int8_t *codes, etk_gemm_quant *
   const etk_gemm_plan *p = job->plan;
   const uint8_t *x = row_at(&job->io->a, row);
   uint8_t *restrict to = (uint8_t *)codes;
-  memcpy(to, x, (size_t)p->geom.k);
+  if (x) memcpy(to, x, (size_t)p->geom.k);
   for (int64_t k = 0; p->a_code == ETK_U8 && k < p->geom.k; k++) to[k] ^= 0x80;
   *quant = job->whole;
   if (p->desc.a_quant == ETK_A_ROW) {
